@@ -1,0 +1,32 @@
+// One contiguous address range made of several memory files, or of anonymous memory.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace headwater {
+
+class Arena {
+ public:
+  // Maps sizes[i] bytes of fds[i] one after another; no fds: sum(sizes) bytes of anonymous memory. The fds stay the caller's.
+  // Throws std::invalid_argument or std::system_error and leaves nothing mapped.
+  Arena(const std::vector<int>& fds, const std::vector<int64_t>& sizes, bool is_private);
+  ~Arena();
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  uint8_t* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+
+  // Drops the pages that this process has written to a private mapping, so that the shared content shows again.
+  // Returns their bytes.
+  int64_t discard_private();
+
+ private:
+  uint8_t* data_ = nullptr;
+  int64_t bytes_ = 0;
+  bool can_discard_ = false;
+};
+
+}  // namespace headwater

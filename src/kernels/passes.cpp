@@ -1,0 +1,597 @@
+// One pass over one block: sum of contributions, optimizer, planes written. Compiled once per SIMD level.
+//
+// Per chunk of 1024 elements, all of it in the first-level cache:
+//   stage 1   g := Σ c_i·g_i in the master dtype, from the left to the right; every g_i is checked for NaN and infinity
+//   stage 2   the optimizer, from the source planes into a staging area
+//   stage 3   the staging area into the target planes, around the cache when asked for
+// Only + − × ÷ and square root, never contracted or reordered, so every level and thread count gives the same bits.
+
+#include "passes.h"
+
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#define HEADWATER_JOIN_(a, b) a##b
+#define HEADWATER_JOIN(a, b) HEADWATER_JOIN_(a, b)
+#define HEADWATER_TEXT_(a) #a
+#define HEADWATER_TEXT(a) HEADWATER_TEXT_(a)
+
+namespace headwater {
+namespace {
+
+inline float root(float x) { return __builtin_sqrtf(x); }
+inline double root(double x) { return __builtin_sqrt(x); }
+
+template <class To, class From>
+inline To bits_of(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class T>
+inline T least(T a, T b) { return b < a ? b : a; }
+template <class T>
+inline T most(T a, T b) { return a < b ? b : a; }
+
+// ---- wire dtypes ---------------------------------------------------------------------------------------------
+// `Bits` is how an element travels. An element is NaN or infinite when its exponent is all ones, that is when
+// (bits without sign) + kExponentUnit carries into the sign's place.
+
+struct Float32 {
+  using Bits = uint32_t;
+  using Master = float;
+  static constexpr Bits kSign = 0x80000000u, kExponentUnit = 0x00800000u;
+  static constexpr bool kNarrow = false;
+  static inline float widen(Bits b) { return bits_of<float>(b); }
+};
+
+struct Float64 {
+  using Bits = uint64_t;
+  using Master = double;
+  static constexpr Bits kSign = 0x8000000000000000u, kExponentUnit = 0x0010000000000000u;
+  static constexpr bool kNarrow = false;
+  static inline double widen(Bits b) { return bits_of<double>(b); }
+};
+
+struct BFloat16 {
+  using Bits = uint16_t;
+  using Master = float;
+  static constexpr Bits kSign = 0x8000u, kExponentUnit = 0x0080u;
+  static constexpr bool kNarrow = true;
+  static inline float widen(Bits b) { return bits_of<float>(static_cast<uint32_t>(b) << 16); }
+  static inline Bits narrow(float x) {
+    const uint32_t b = bits_of<uint32_t>(x);
+    const uint32_t rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+    const uint32_t quiet = (b >> 16) | 0x40u;
+    return static_cast<Bits>((b & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+  }
+};
+
+struct Float16 {
+  using Bits = uint16_t;
+  using Master = float;
+  static constexpr Bits kSign = 0x8000u, kExponentUnit = 0x0400u;
+  static constexpr bool kNarrow = true;
+  static inline float widen(Bits b) {
+    const uint32_t magnitude = b & 0x7fffu, sign = static_cast<uint32_t>(b & 0x8000u) << 16;
+    const uint32_t normal = (magnitude << 13) + (112u << 23);
+    const uint32_t special = ((magnitude << 13) + (224u << 23)) | (magnitude > 0x7c00u ? 0x400000u : 0u);
+    const uint32_t small = bits_of<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+    const uint32_t finite = magnitude < 0x0400u ? small : normal;
+    return bits_of<float>((magnitude >= 0x7c00u ? special : finite) | sign);
+  }
+  static inline Bits narrow(float x) {
+    const uint32_t b = bits_of<uint32_t>(x), magnitude = b & 0x7fffffffu, sign = (b >> 16) & 0x8000u;
+    const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Adding one half shifts a subnormal's bits to the bottom of the mantissa, rounding on the way.
+    const uint32_t small = bits_of<uint32_t>(bits_of<float>(magnitude) + 0.5f) - 0x3f000000u;
+    const uint32_t quiet = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
+    const uint32_t special = magnitude > 0x7f800000u ? quiet : 0x7c00u;
+    const uint32_t finite = magnitude < 0x38800000u ? small : normal;
+    return static_cast<Bits>((magnitude >= 0x47800000u ? special : finite) | sign);
+  }
+};
+
+template <class W>
+void narrow_all(uint16_t* __restrict target, const float* __restrict source, int64_t n) {
+  for (int64_t i = 0; i < n; i++) target[i] = W::narrow(source[i]);
+}
+
+template <class W>
+void widen_all(float* __restrict target, const uint16_t* __restrict source, int64_t n) {
+  for (int64_t i = 0; i < n; i++) target[i] = W::widen(source[i]);
+}
+
+#if defined(__F16C__)
+// The CPU's own conversion; the same bits as the loops above.
+template <>
+void narrow_all<Float16>(uint16_t* __restrict target, const float* __restrict source, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(source + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i), half);
+  }
+  for (; i < n; i++) target[i] = Float16::narrow(source[i]);
+}
+
+template <>
+void widen_all<Float16>(float* __restrict target, const uint16_t* __restrict source, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i));
+    _mm256_storeu_ps(target + i, _mm256_cvtph_ps(half));
+  }
+  for (; i < n; i++) target[i] = Float16::widen(source[i]);
+}
+#endif
+
+// ---- stage 1: the aggregated gradient ------------------------------------------------------------------------
+
+// sum (first) or add c·g to acc. Returns non-zero when g holds NaN or infinity.
+template <class W, bool first>
+typename W::Bits gather(const typename W::Bits* __restrict g, typename W::Master c,
+                        typename W::Master* __restrict acc, int64_t n) {
+  using Bits = typename W::Bits;
+  Bits bad = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const Bits b = g[i];
+    bad |= static_cast<Bits>((b & static_cast<Bits>(~W::kSign)) + W::kExponentUnit);
+    const typename W::Master x = c * W::widen(b);
+    acc[i] = first ? x : acc[i] + x;
+  }
+  return bad & W::kSign;
+}
+
+// The same for two contributions at once: one trip through acc less.
+template <class W, bool first>
+typename W::Bits gather_two(const typename W::Bits* __restrict g, typename W::Master c,
+                            const typename W::Bits* __restrict h, typename W::Master d,
+                            typename W::Master* __restrict acc, int64_t n) {
+  using Bits = typename W::Bits;
+  Bits bad = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const Bits a = g[i], b = h[i];
+    bad |= static_cast<Bits>((a & static_cast<Bits>(~W::kSign)) + W::kExponentUnit);
+    bad |= static_cast<Bits>((b & static_cast<Bits>(~W::kSign)) + W::kExponentUnit);
+    const typename W::Master x = c * W::widen(a), y = d * W::widen(b);
+    acc[i] = first ? x + y : (acc[i] + x) + y;
+  }
+  return bad & W::kSign;
+}
+
+#if defined(__F16C__)
+// float16 goes through a widened copy in the first-level cache; widening keeps NaN and infinity what they are.
+template <bool first>
+bool gather_half(const uint16_t* g, float c, float* acc, int64_t n) {
+  alignas(64) float wide[kChunk];
+  widen_all<Float16>(wide, g, n);
+  return gather<Float32, first>(reinterpret_cast<const uint32_t*>(wide), c, acc, n) != 0;
+}
+#endif
+
+template <class W>
+struct Gather {
+  static bool one(bool first, const typename W::Bits* g, typename W::Master c, typename W::Master* acc, int64_t n) {
+    return (first ? gather<W, true>(g, c, acc, n) : gather<W, false>(g, c, acc, n)) != 0;
+  }
+  static bool two(bool first, const typename W::Bits* g, typename W::Master c, const typename W::Bits* h,
+                  typename W::Master d, typename W::Master* acc, int64_t n) {
+    return (first ? gather_two<W, true>(g, c, h, d, acc, n) : gather_two<W, false>(g, c, h, d, acc, n)) != 0;
+  }
+};
+
+#if defined(__F16C__)
+template <>
+struct Gather<Float16> {
+  static bool one(bool first, const uint16_t* g, float c, float* acc, int64_t n) {
+    return first ? gather_half<true>(g, c, acc, n) : gather_half<false>(g, c, acc, n);
+  }
+  static bool two(bool first, const uint16_t* g, float c, const uint16_t* h, float d, float* acc, int64_t n) {
+    const bool bad = one(first, g, c, acc, n);
+    return one(false, h, d, acc, n) || bad;
+  }
+};
+#endif
+
+// acc := Σ coefficient·contribution over elements [at, at + n), absent contributions left out. True: not finite.
+template <class W>
+bool aggregate(const Commit& commit, const double* coefficients, int64_t at, int64_t n,
+               typename W::Master* __restrict acc) {
+  using Bits = typename W::Bits;
+  using T = typename W::Master;
+  bool bad = false, first = true;
+  int64_t held = -1;  // a contribution waiting for a second one
+  for (int64_t i = 0; i < commit.contribution_count; i++) {
+    if (coefficients[i] == 0.0) continue;
+    if (held < 0) {
+      held = i;
+      continue;
+    }
+    const auto* g = static_cast<const Bits*>(commit.contributions[held]) + at;
+    const auto* h = static_cast<const Bits*>(commit.contributions[i]) + at;
+    bad |= Gather<W>::two(first, g, static_cast<T>(coefficients[held]), h, static_cast<T>(coefficients[i]), acc, n);
+    first = false;
+    held = -1;
+  }
+  if (held >= 0) {
+    const auto* g = static_cast<const Bits*>(commit.contributions[held]) + at;
+    bad |= Gather<W>::one(first, g, static_cast<T>(coefficients[held]), acc, n);
+    first = false;
+  }
+  if (first) std::memset(acc, 0, static_cast<size_t>(n) * sizeof(T));
+  return bad;
+}
+
+// ---- stage 2: the optimizers ---------------------------------------------------------------------------------
+// The formulas are those of torch.optim; s holds the scalars that optim.py prepared in float64.
+// from: master plane, then slots. to: the same planes in the staging area, never the same memory as `from`.
+
+template <class T>
+struct Planes {
+  const T* from[kPlanesMax];
+  T* to[kPlanesMax];
+};
+
+// from + weight·(to − from), in the two forms that torch.lerp has, so that weight 1 gives `to` exactly.
+template <class T>
+inline T lerp(T from, T to, T weight, bool near) {
+  return near ? from + weight * (to - from) : to - (to - from) * (T(1) - weight);
+}
+
+template <class T>
+void step_mean(const T*, const T* __restrict g, const Planes<T>& planes, int64_t n) {
+  std::memcpy(planes.to[0], g, static_cast<size_t>(n) * sizeof(T));
+}
+
+template <class T, bool momentum, bool nesterov>
+void step_sgd(const T* s, const T* __restrict g, const Planes<T>& planes, int64_t n) {
+  const T lr = s[0], decay = s[1], mu = s[2], fresh = s[3];
+  const T* __restrict p = planes.from[0];
+  const T* __restrict buf = planes.from[1];
+  T* __restrict p2 = planes.to[0];
+  T* __restrict buf2 = planes.to[1];
+  for (int64_t i = 0; i < n; i++) {
+    T d = g[i] + decay * p[i];
+    if (momentum) {
+      const T b = mu * buf[i] + fresh * d;
+      buf2[i] = b;
+      d = nesterov ? d + mu * b : b;
+    }
+    p2[i] = p[i] - lr * d;
+  }
+}
+
+template <class T>
+void step_adagrad(const T* s, const T* __restrict g, const Planes<T>& planes, int64_t n) {
+  const T lr = s[0], decay = s[1], eps = s[2];
+  const T* __restrict p = planes.from[0];
+  const T* __restrict sum = planes.from[1];
+  T* __restrict p2 = planes.to[0];
+  T* __restrict sum2 = planes.to[1];
+  for (int64_t i = 0; i < n; i++) {
+    const T d = g[i] + decay * p[i];
+    const T v = sum[i] + d * d;
+    sum2[i] = v;
+    p2[i] = p[i] - lr * d / (root(v) + eps);
+  }
+}
+
+template <class T, bool momentum, bool centered>
+void step_rmsprop(const T* s, const T* __restrict g, const Planes<T>& planes, int64_t n) {
+  const T lr = s[0], decay = s[1], alpha = s[2], fresh = s[3], eps = s[4], mu = s[5];
+  const bool near = fresh < T(0.5);
+  const T* __restrict p = planes.from[0];
+  const T* __restrict square = planes.from[1];
+  const T* __restrict mean = planes.from[2];  // only when centered
+  const T* __restrict buf = planes.from[centered ? 3 : 2];
+  T* __restrict p2 = planes.to[0];
+  T* __restrict square2 = planes.to[1];
+  T* __restrict mean2 = planes.to[2];
+  T* __restrict buf2 = planes.to[centered ? 3 : 2];
+  for (int64_t i = 0; i < n; i++) {
+    const T d = g[i] + decay * p[i];
+    const T v = alpha * square[i] + fresh * d * d;
+    square2[i] = v;
+    T spread = v;
+    if (centered) {
+      const T m = lerp(mean[i], d, fresh, near);
+      mean2[i] = m;
+      spread = v - m * m;
+    }
+    const T scale = root(spread) + eps;
+    if (momentum) {
+      const T b = mu * buf[i] + d / scale;
+      buf2[i] = b;
+      p2[i] = p[i] - lr * b;
+    } else {
+      p2[i] = p[i] - lr * d / scale;
+    }
+  }
+}
+
+template <class T, bool amsgrad, bool decoupled>
+void step_adam(const T* s, const T* __restrict g, const Planes<T>& planes, int64_t n) {
+  // decay: of the gradient (adam) or what is kept of the parameter, 1 − lr·weight decay (adamw)
+  const T step_size = s[0], decay = s[1], fresh1 = s[2], beta2 = s[3], fresh2 = s[4], correction = s[5], eps = s[6];
+  const bool near = fresh1 < T(0.5);
+  const T* __restrict p = planes.from[0];
+  const T* __restrict mean = planes.from[1];
+  const T* __restrict square = planes.from[2];
+  const T* __restrict largest = planes.from[3];
+  T* __restrict p2 = planes.to[0];
+  T* __restrict mean2 = planes.to[1];
+  T* __restrict square2 = planes.to[2];
+  T* __restrict largest2 = planes.to[3];
+  for (int64_t i = 0; i < n; i++) {
+    const T x = decoupled ? p[i] * decay : p[i];
+    const T d = decoupled ? g[i] : g[i] + decay * x;
+    const T m = lerp(mean[i], d, fresh1, near);
+    mean2[i] = m;
+    T v = beta2 * square[i] + fresh2 * d * d;
+    square2[i] = v;
+    if (amsgrad) {
+      v = largest[i] > v ? largest[i] : v;
+      largest2[i] = v;
+    }
+    p2[i] = x - step_size * m / (root(v) / correction + eps);
+  }
+}
+
+template <class T>
+using Step = void (*)(const T* scalars, const T* __restrict g, const Planes<T>& planes, int64_t n);
+
+template <class T>
+Step<T> step_of(Optimizer optimizer, int flags) {
+  switch (optimizer) {
+    case Optimizer::sgd:
+      if (!(flags & kMomentum)) return step_sgd<T, false, false>;
+      return flags & kNesterov ? step_sgd<T, true, true> : step_sgd<T, true, false>;
+    case Optimizer::adagrad:
+      return step_adagrad<T>;
+    case Optimizer::rmsprop:
+      if (flags & kMomentum) return flags & kCentered ? step_rmsprop<T, true, true> : step_rmsprop<T, true, false>;
+      return flags & kCentered ? step_rmsprop<T, false, true> : step_rmsprop<T, false, false>;
+    case Optimizer::adam:
+      return flags & kAmsgrad ? step_adam<T, true, false> : step_adam<T, false, false>;
+    case Optimizer::adamw:
+      return flags & kAmsgrad ? step_adam<T, true, true> : step_adam<T, false, true>;
+    case Optimizer::mean:
+      return step_mean<T>;
+  }
+  return nullptr;
+}
+
+// ---- stage 3: writing ----------------------------------------------------------------------------------------
+
+// Copies; streamed: whole cache lines go to memory directly, so the target's old bytes are never read.
+void put(void* target, const void* source, int64_t bytes, bool streamed) {
+#if defined(__SSE2__)
+  if (streamed && (reinterpret_cast<uintptr_t>(target) & 63) == 0) {
+    auto* to = static_cast<__m128i*>(target);
+    const auto* from = static_cast<const __m128i*>(source);
+    const int64_t lines = bytes / 64;
+    for (int64_t i = 0; i < lines; i++, to += 4, from += 4) {
+      const __m128i a = _mm_loadu_si128(from), b = _mm_loadu_si128(from + 1);
+      const __m128i c = _mm_loadu_si128(from + 2), d = _mm_loadu_si128(from + 3);
+      _mm_stream_si128(to, a);
+      _mm_stream_si128(to + 1, b);
+      _mm_stream_si128(to + 2, c);
+      _mm_stream_si128(to + 3, d);
+    }
+    std::memcpy(to, from, static_cast<size_t>(bytes - lines * 64));
+    return;
+  }
+#else
+  (void)streamed;
+#endif
+  std::memcpy(target, source, static_cast<size_t>(bytes));
+}
+
+void flush(bool streamed) {
+#if defined(__SSE2__)
+  if (streamed) _mm_sfence();
+#else
+  (void)streamed;
+#endif
+}
+
+// ---- one block -----------------------------------------------------------------------------------------------
+
+// The first run that reaches beyond `element`.
+const Run* run_at(const Commit& commit, int64_t element) {
+  int64_t low = 0, high = commit.run_count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (commit.runs[middle].stop > element) high = middle;
+    else low = middle + 1;
+  }
+  return commit.runs + low;
+}
+
+template <class W>
+int64_t plane_bytes(int plane) {
+  return W::kNarrow && plane == 0 ? static_cast<int64_t>(sizeof(typename W::Bits))
+                                  : static_cast<int64_t>(sizeof(typename W::Master));
+}
+
+template <class W>
+void copy_through(const Pass& pass, int64_t start, int64_t stop) {
+  for (int i = 0; i < pass.plane_count; i++) {
+    const int64_t item = plane_bytes<W>(i);
+    put(static_cast<char*>(pass.target[i]) + start * item, static_cast<const char*>(pass.source[i]) + start * item,
+        (stop - start) * item, pass.streamed);
+  }
+}
+
+// One commit over [start, stop), all of one run. False: not finite.
+template <class W>
+bool apply_run(const Pass& pass, int64_t index, const Run& run, int64_t start, int64_t stop, Step<typename W::Master> step) {
+  using T = typename W::Master;
+  const Commit& commit = pass.commits[index];
+  constexpr int narrow = W::kNarrow ? 1 : 0;
+  const int count = pass.plane_count - narrow;  // master planes
+  const double* coefficients = commit.coefficients + (&run - commit.runs) * commit.contribution_count;
+  T scalars[kScalarsMax];
+  for (int64_t i = 0; i < commit.width; i++) scalars[i] = static_cast<T>(commit.scalars[run.row * commit.width + i]);
+
+  alignas(64) T gradient[kChunk];
+  alignas(64) T staging[kPlanesMax - 1][kChunk];
+  alignas(64) uint16_t wire[kChunk];
+  Planes<T> planes = {};
+  for (int i = 0; i < count; i++) planes.to[i] = staging[i];
+  for (int64_t at = start; at < stop; at += kChunk) {
+    const int64_t n = least(kChunk, stop - at);
+    if (aggregate<W>(commit, coefficients, at, n, gradient)) return false;
+    for (int i = 0; i < count; i++) {
+      const void* plane = index == 0 ? pass.source[i + narrow] : pass.target[i + narrow];
+      planes.from[i] = static_cast<const T*>(plane) + at;
+    }
+    step(scalars, gradient, planes, n);
+    for (int i = 0; i < count; i++) {
+      put(static_cast<T*>(pass.target[i + narrow]) + at, staging[i], n * static_cast<int64_t>(sizeof(T)), pass.streamed);
+    }
+    if constexpr (W::kNarrow) {
+      narrow_all<W>(wire, staging[0], n);
+      put(static_cast<uint16_t*>(pass.target[0]) + at, wire, n * 2, pass.streamed);
+    }
+  }
+  return true;
+}
+
+template <class W>
+bool apply_block(const Pass& pass, int64_t block) {
+  const int64_t first = block * kBlock, limit = least(first + kBlock, pass.elements);
+  const Step<typename W::Master> step = step_of<typename W::Master>(pass.optimizer, pass.flags);
+  for (int64_t index = 0; index < pass.commit_count; index++) {
+    const Commit& commit = pass.commits[index];
+    for (const Run* run = run_at(commit, first); run < commit.runs + commit.run_count && run->start < limit; run++) {
+      const int64_t start = most(first, run->start), stop = least(limit, run->stop);
+      if (run->row < 0) {
+        if (index == 0) copy_through<W>(pass, start, stop);
+      } else if (!apply_run<W>(pass, index, *run, start, stop, step)) {
+        flush(pass.streamed);
+        return false;
+      }
+    }
+  }
+  flush(pass.streamed);
+  return true;
+}
+
+// Lane i of 16 takes the elements i, i + 16, … of the block; then lane i takes lane i + 8, i + 4, i + 2, i + 1.
+template <class W>
+double square_block(const Commit& commit, int64_t elements, int64_t block) {
+  using T = typename W::Master;
+  const int64_t first = block * kBlock, limit = least(first + kBlock, elements);
+  alignas(64) T gradient[kChunk];
+  alignas(64) double lanes[16] = {};
+  const Run* run = run_at(commit, first);
+  for (int64_t at = first; at < limit; at += kChunk) {
+    const int64_t end = least(at + kChunk, limit);
+    std::memset(gradient, 0, sizeof gradient);  // what no run covers adds nothing
+    for (const Run* r = run; r < commit.runs + commit.run_count && r->start < end; r++) {
+      if (r->stop <= at) {
+        run = r + 1;
+        continue;
+      }
+      if (r->row < 0) continue;
+      const int64_t start = most(at, r->start), stop = least(end, r->stop);
+      aggregate<W>(commit, commit.coefficients + (r - commit.runs) * commit.contribution_count, start, stop - start,
+                   gradient + (start - at));
+    }
+    for (int64_t i = 0; i < kChunk; i += 16) {
+      for (int lane = 0; lane < 16; lane++) {
+        const double x = static_cast<double>(gradient[i + lane]);
+        lanes[lane] += x * x;
+      }
+    }
+  }
+  for (int width = 8; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; lane++) lanes[lane] += lanes[lane + width];
+  }
+  return lanes[0];
+}
+
+template <class W>
+int64_t find_in(const void* values, int64_t start, int64_t stop) {
+  using Bits = typename W::Bits;
+  const auto* all = static_cast<const Bits*>(values);
+  for (int64_t at = start; at < stop; at += kChunk) {
+    const int64_t end = least(at + kChunk, stop);
+    Bits bad = 0;
+    for (int64_t i = at; i < end; i++) {
+      bad |= static_cast<Bits>((all[i] & static_cast<Bits>(~W::kSign)) + W::kExponentUnit);
+    }
+    if (!(bad & W::kSign)) continue;
+    for (int64_t i = at; i < end; i++) {
+      if (static_cast<Bits>((all[i] & static_cast<Bits>(~W::kSign)) + W::kExponentUnit) & W::kSign) return i;
+    }
+  }
+  return -1;
+}
+
+// ---- by wire dtype -------------------------------------------------------------------------------------------
+
+bool apply(const Pass& pass, int64_t block) {
+  switch (pass.wire) {
+    case Wire::float32: return apply_block<Float32>(pass, block);
+    case Wire::float64: return apply_block<Float64>(pass, block);
+    case Wire::bfloat16: return apply_block<BFloat16>(pass, block);
+    case Wire::float16: return apply_block<Float16>(pass, block);
+  }
+  return false;
+}
+
+double square_sum(Wire wire, const Commit& commit, int64_t elements, int64_t block) {
+  switch (wire) {
+    case Wire::float32: return square_block<Float32>(commit, elements, block);
+    case Wire::float64: return square_block<Float64>(commit, elements, block);
+    case Wire::bfloat16: return square_block<BFloat16>(commit, elements, block);
+    case Wire::float16: return square_block<Float16>(commit, elements, block);
+  }
+  return 0.0;
+}
+
+int64_t find_non_finite(Wire wire, const void* values, int64_t start, int64_t stop) {
+  switch (wire) {
+    case Wire::float32: return find_in<Float32>(values, start, stop);
+    case Wire::float64: return find_in<Float64>(values, start, stop);
+    case Wire::bfloat16: return find_in<BFloat16>(values, start, stop);
+    case Wire::float16: return find_in<Float16>(values, start, stop);
+  }
+  return -1;
+}
+
+void copy(void* target, const void* source, int64_t bytes, bool streamed) {
+  put(target, source, bytes, streamed);
+  flush(streamed);
+}
+
+void narrow(Wire wire, void* target, const float* source, int64_t elements) {
+  auto* to = static_cast<uint16_t*>(target);
+  if (wire == Wire::bfloat16) narrow_all<BFloat16>(to, source, elements);
+  else narrow_all<Float16>(to, source, elements);
+}
+
+void widen(Wire wire, float* target, const void* source, int64_t elements) {
+  const auto* from = static_cast<const uint16_t*>(source);
+  if (wire == Wire::bfloat16) widen_all<BFloat16>(target, from, elements);
+  else widen_all<Float16>(target, from, elements);
+}
+
+}  // namespace
+
+extern const Level HEADWATER_JOIN(level_, HEADWATER_LEVEL);
+const Level HEADWATER_JOIN(level_, HEADWATER_LEVEL) = {
+    HEADWATER_TEXT(HEADWATER_LEVEL), apply, square_sum, find_non_finite, copy, narrow, widen,
+};
+
+}  // namespace headwater
