@@ -69,7 +69,9 @@ class Optimizer(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unkn
     def initial(self, slot: str) -> float:
         """Return what a slot holds before the first step."""
         if slot not in self.slots:
-            raise SettingError(f"Expected one of the slots {', '.join(self.slots) or '(none)'}, got {slot!r} — {self._name}.")
+            raise SettingError(
+                f"Expected one of the slots {', '.join(self.slots) or '(none)'}, got {slot!r} — {self._name}."
+            )
         return 0.0
 
     def scalars(self) -> dict[str, float]:
@@ -105,7 +107,9 @@ class _Descent(Optimizer, frozen=True, kw_only=True):
         if self.clip_norm is not None:
             limit = _number(self, "clip_norm", self.clip_norm)
             if not 0.0 < limit < math.inf:
-                raise SettingError(f"Expected clip_norm above 0, or None for no limit, got {self.clip_norm} — {self._name}.")
+                raise SettingError(
+                    f"Expected clip_norm above 0, or None for no limit, got {self.clip_norm} — {self._name}."
+                )
             msgspec.structs.force_setattr(self, "clip_norm", limit)
 
     def structure(self) -> tuple[Any, ...]:
@@ -226,7 +230,14 @@ class RMSprop(_Momentum, frozen=True, kw_only=True):
 
     def row(self, scalars: Mapping[str, float], step: int) -> list[float]:
         alpha = scalars["alpha"]
-        return [scalars["lr"], scalars["weight_decay"], alpha, 1.0 - alpha, scalars["eps"], scalars["momentum"]]
+        return [
+            scalars["lr"],
+            scalars["weight_decay"],
+            alpha,
+            1.0 - alpha,
+            scalars["eps"],
+            scalars["momentum"],
+        ]
 
 
 class Adam(_Descent, frozen=True, kw_only=True):
@@ -316,7 +327,9 @@ def _number(optimizer: Optimizer, name: str, value: Any) -> float:
 def _check_range(optimizer: Optimizer, name: str, value: float) -> None:
     low, limit = _RANGES[name]
     if not (math.isfinite(value) and low <= value < limit):
-        wanted = "a finite number" if low < 0 else f"{low:g} or more" if limit == _MANY else f"from {low:g} to {limit:g}"
+        wanted = (
+            "a finite number" if low < 0 else f"{low:g} or more" if limit == _MANY else f"from {low:g} to {limit:g}"
+        )
         if limit == 1.0:
             wanted += ", 1 itself not included"
         raise SettingError(f"Expected {name} {wanted}, got {value} — {type(optimizer).__name__}.")

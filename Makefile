@@ -1,0 +1,31 @@
+# Five words, the same for a person and for CI. Each sets up what is missing; a second run does no set-up work.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test check bench clean
+
+demo: $(READY)
+	$(BIN)/headwater demo $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# One figure: make bench FIGURE=core.1. All of them, and the README's table: make bench.
+bench: $(READY)
+	$(BIN)/python -m bench $(FIGURE)
+
+# The Python sources are used where they lie; only the native code and the dependencies need an install.
+$(READY): pyproject.toml CMakeLists.txt constraints.txt $(wildcard src/kernels/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt scikit-build-core nanobind torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[torch,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist

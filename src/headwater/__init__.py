@@ -1,0 +1,32 @@
+"""Headwater: a parameter server for training and serving in Python.
+
+    import headwater as hw
+
+    session = hw.connect()                                    # $HEADWATER_ADDRESS, or a server embedded in this process
+    session.register({"w": w}, hw.optim.SGD(lr=0.1))
+    session.step({"w": gradient})                             # push, wait, pull
+    session.parameters["w"]
+
+With PyTorch, `import headwater.torch` gives `hw.torch.Optimizer`; importing headwater imports no framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from headwater import _errors as errors
+from headwater import optim
+from headwater._consistency import Consistency, asp, bsp, ssp
+from headwater._server import Server
+from headwater._session import Session
+from headwater._session import connect_session as connect
+
+__version__ = "0.1.0"
+__all__ = ["Consistency", "Server", "Session", "asp", "bsp", "connect", "errors", "optim", "ssp"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in ("testing", "torch"):  # adapters load when they are first named
+        return importlib.import_module(f"headwater.{name}")
+    raise AttributeError(f"module 'headwater' has no attribute {name!r}")

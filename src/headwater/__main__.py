@@ -1,0 +1,5 @@
+"""`python -m headwater`."""
+
+from headwater._cli import main
+
+main()

@@ -1,0 +1,157 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import click
+
+from headwater import __version__
+from headwater._errors import HeadwaterError
+
+_AFTER_SCRIPT = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+class _Commands(click.Group):
+    """Turns the errors that users can mend into one line and exit status 2."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except HeadwaterError as error:
+            click.echo(f"headwater: {error}", err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="headwater")
+def main() -> None:
+    """A parameter server for people who train models in Python."""
+
+
+@main.command(context_settings=_AFTER_SCRIPT)
+@click.option("-n", "--workers", default=1, show_default=True, type=click.IntRange(1), help="Worker processes.")
+@click.option("-s", "--servers", default=1, show_default=True, type=click.IntRange(1), help="Server processes.")
+@click.option(
+    "--consistency",
+    metavar="bsp|ssp:S|asp",
+    help="How closely workers keep together; default: as the script says, or bsp.",
+)
+@click.option(
+    "--transport",
+    type=click.Choice(["auto", "tcp"]),
+    default="auto",
+    show_default=True,
+    help="auto: shared memory.",
+)
+@click.option("--save", type=click.Path(path_type=Path), help="Save the job here at its end, Ctrl+C included.")
+@click.option("-m", "--module", is_flag=True, help="SCRIPT is a module name, as in python -m.")
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def run(
+    workers: int,
+    servers: int,
+    consistency: str | None,
+    transport: str,
+    save: Path | None,
+    module: bool,
+    script: str,
+    arguments: tuple[str, ...],
+) -> None:
+    """Run SCRIPT in local worker processes beside local servers.
+
+    Workers find HEADWATER_ADDRESS, HEADWATER_TOKEN, HEADWATER_WORKER and HEADWATER_WORKERS in their environment, which is where
+    headwater.connect() looks. The servers stop when the last worker has ended.
+    """
+    from headwater._consistency import Consistency
+    from headwater._launch import LocalJob, run_job
+
+    if consistency is not None:
+        Consistency.parse(consistency)
+    if not module and not Path(script).is_file():
+        raise click.BadParameter(f"{script} is no file.", param_hint="SCRIPT")
+    command = [sys.executable, *(["-m"] if module else []), script, *arguments]
+    job = LocalJob(command, workers=workers, servers=servers, consistency=consistency, transport=transport)
+    sys.exit(run_job(job, save=save))
+
+
+@main.command()
+@click.option(
+    "--listen",
+    default="tcp://127.0.0.1:7077",
+    show_default=True,
+    help="tcp://HOST:PORT (0: any) or unix:///PATH.",
+)
+@click.option("--join", metavar="ADDRESS", help="Be a further server of the job whose first server is there.")
+@click.option(
+    "--servers",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Servers of the job, this one included.",
+)
+@click.option(
+    "--workers",
+    default=0,
+    type=click.IntRange(0),
+    help="Workers to wait for; default: as the first worker says.",
+)
+@click.option("--consistency", metavar="bsp|ssp:S|asp", help="Default: as the first worker says.")
+@click.option("--threads", type=click.IntRange(1), help="Kernel threads; default: all cores.")
+@click.option("--stop-with-input", is_flag=True, hidden=True, help="Stop at the end of standard input.")
+def server(
+    listen: str,
+    join: str | None,
+    servers: int,
+    workers: int,
+    consistency: str | None,
+    threads: int | None,
+    stop_with_input: bool,
+) -> None:
+    """Run a server until SIGTERM or Ctrl+C.
+
+    Every peer must show HEADWATER_TOKEN. On this machine alone one is made up where none is set; elsewhere it must be set.
+    """
+    from headwater._consistency import Consistency
+    from headwater._server import Server
+    from headwater._transport import Address
+
+    address = Address.parse(listen)
+    token = os.environ.get("HEADWATER_TOKEN", "")
+    made_up = not token
+    if made_up and (join or not address.is_local):
+        raise click.UsageError(
+            "Expected HEADWATER_TOKEN in the environment, got none: other machines could reach this server."
+        )
+    token = token or secrets.token_hex(16)
+    running = Server(
+        address,
+        token=token,
+        join=Address.parse(join) if join else None,
+        consistency=Consistency.parse(consistency) if consistency else None,
+        workers=workers,
+        servers=servers,
+        threads=threads,
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: running.stopped.set())
+    click.echo(f"headwater server listening on {running.address.tcp or running.address.unix}")
+    if made_up:
+        click.echo(
+            f"workers need: export HEADWATER_ADDRESS={running.address.tcp or running.address.unix} HEADWATER_TOKEN={token}"
+        )
+    sys.stdout.flush()
+    if stop_with_input:
+        threading.Thread(target=_stop_with_input, args=(running.stopped,), daemon=True).start()
+    running.stopped.wait()
+    running.close()
+
+
+def _stop_with_input(stopped: threading.Event) -> None:
+    sys.stdin.buffer.read()
+    stopped.set()

@@ -1,0 +1,273 @@
+"""One server's part of the dense parameters: a deterministic state machine fed by commits.
+
+    state[n+1] = apply(state[n], commit[n])
+
+The state is *planes* over the server's part of the arena: the parameters as they travel, the master copy (the same bytes
+for float32 and float64), the optimizer's slots. It lies on two *sides*: a commit reads one side and writes the other, and
+`Flip` makes that the state. Until then nothing has happened, so a commit with a bad gradient leaves no trace.
+
+Who may touch what: a worker's inbox is the worker's from Attach to its push, and the server's from the push to the commit.
+Under BSP workers read the current side where it lies; the other side is written only once all of them have pushed again.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+
+from headwater import _kernels
+from headwater._consistency import Consistency
+from headwater._errors import InternalError, LayoutError, ProtocolError
+from headwater._layout import Layout, Part, Slice, runs, tensor_at
+from headwater._memory import SharedBuffer
+from headwater._messages import (
+    AnyMessage,
+    Assign,
+    CommitSpec,
+    Detach,
+    Done,
+    Flip,
+    Normed,
+    Norms,
+    Prepare,
+    Prepared,
+)
+from headwater.optim import AnyOptimizer
+
+
+class _Worker:
+    """What one worker shares with this server."""
+
+    def __init__(self, inbox: np.ndarray, shared: list[SharedBuffer], outbox: np.ndarray | None) -> None:
+        self.inbox = inbox  # uint8: its gradients, in the wire dtypes
+        self.shared = shared
+        self.outbox = outbox  # uint8: where its pulls go outside BSP; None: they travel
+        self.sequence = -1  # of the push that lies in the inbox
+
+
+class _Side:
+    """One of the two copies of the state."""
+
+    def __init__(self, part: Part, optimizer: AnyOptimizer) -> None:
+        self.wire = SharedBuffer(part.wire_bytes, "parameters")
+        self.planes = [self._slice_planes(s, optimizer) for s in part.slices]
+
+    def _slice_planes(self, s: Slice, optimizer: AnyOptimizer) -> dict[str, np.ndarray]:
+        wire = self.wire.array[s.byte : s.byte + s.wire_bytes]
+        planes = {"parameters": wire}
+        is_master = s.lane.master == s.lane.dtype
+        planes["master"] = wire.view(s.lane.master) if is_master else np.zeros(s.elements, s.lane.master)
+        for slot in optimizer.slots:
+            planes[slot] = np.full(s.elements, optimizer.initial(slot), s.lane.master)
+        return planes
+
+    def kernel_planes(self, i: int, s: Slice) -> list[np.ndarray]:
+        """In the kernel's order: the wire copy where it is another dtype, the master, the slots."""
+        planes = self.planes[i]
+        names = list(planes) if s.lane.master != s.lane.dtype else list(planes)[1:]
+        return [planes[name] for name in names]
+
+
+class Shard:
+    """The dense state of one server. It can be shared between threads; `lock` guards the sides."""
+
+    def __init__(self, *, threads: int = 1, level: str = "auto") -> None:
+        self.threads, self.level = threads, level
+        self.lock = threading.Lock()
+        self.commit = 0
+        self.side = 0
+        self.layout: Layout | None = None
+        self._workers: dict[int, _Worker] = {}
+        self._prepared = False
+        self._runs: dict[tuple[int, bytes], np.ndarray] = {}
+
+    # What the coordinator says.
+
+    def handle(self, request: AnyMessage) -> AnyMessage:
+        """Carry out a request of the coordinator and return the answer."""
+        with self.lock:
+            match request:
+                case Prepare():
+                    return self._prepare(request)
+                case Flip():
+                    return self._flip(request)
+                case Norms():
+                    return self._norms(request)
+                case Assign():
+                    return self._assign(request)
+                case Detach():
+                    self._workers.pop(request.identity, None)
+                    return Done()
+        raise ProtocolError(f"Expected a coordinator's request, got {type(request).__name__}.")
+
+    def _assign(self, request: Assign) -> Done:
+        self.layout = Layout(request.tensors)
+        self.part = self.layout.part(request.index, request.count)
+        self.optimizer: AnyOptimizer = request.optimizer
+        self.consistency: Consistency = request.consistency
+        self._sides = [_Side(self.part, self.optimizer) for _ in range(2)]
+        self._planes = [[side.kernel_planes(i, s) for i, s in enumerate(self.part.slices)] for side in self._sides]
+        self._runs.clear()
+        return Done()
+
+    def _prepare(self, request: Prepare) -> Prepared:
+        self._prepared = False
+        source, target = self._planes[self.side], self._planes[1 - self.side]
+        for i, s in enumerate(self.part.slices):
+            commits = [self._kernel_commit(spec, i, s) for spec in request.commits]
+            bad = _kernels.apply(
+                self.optimizer.kind, self.optimizer.flags, s.lane.dtype, source[i], target[i], commits,
+                threads=self.threads, level=self.level,
+            )  # fmt: skip
+            if bad is not None:
+                return Prepared(self._locate(bad, s))
+        self._prepared = True
+        return Prepared()
+
+    def _norms(self, request: Norms) -> Normed:
+        sums = []
+        for i, s in enumerate(self.part.slices):
+            table, _, contributions, coefficients = self._kernel_commit(request.commit, i, s)
+            sums.append(
+                _kernels.square_sums(
+                    s.lane.dtype, table, contributions, coefficients, threads=self.threads, level=self.level
+                )
+            )
+        return Normed(np.concatenate(sums).tobytes() if sums else b"")
+
+    def _flip(self, request: Flip) -> Done:
+        if request.swap:
+            if not self._prepared:
+                raise InternalError("Expected a prepared commit before a flip, got none.")
+            self.side = 1 - self.side
+            self._prepared = False
+        self.commit = request.commit
+        return Done()
+
+    def _kernel_commit(
+        self, spec: CommitSpec, i: int, s: Slice
+    ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray]:
+        """Return (runs, scalars, contributions, coefficients) as `_kernels.apply` takes them."""
+        key = (i, spec.cells)
+        table = self._runs.get(key)
+        if table is None:
+            if len(self._runs) > 256:
+                self._runs.clear()
+            table = self._runs[key] = runs(s, np.frombuffer(spec.cells, np.int32))
+        contributions = []
+        for identity, sequence in spec.pushes:
+            worker = self._workers.get(identity)
+            if worker is None or worker.sequence != sequence:
+                raise InternalError(f"Expected push {sequence} of worker {identity:x} to lie here, got none.")
+            contributions.append(worker.inbox[s.byte : s.byte + s.wire_bytes])
+        coefficients = np.frombuffer(spec.coefficients).reshape(-1, len(spec.pushes))
+        scalars = np.array(spec.rows).reshape(len(spec.rows), -1)
+        return table, scalars, contributions, coefficients[table[:, 2]]
+
+    def _locate(self, bad: tuple[int, int, int], s: Slice) -> tuple[int, int, int, int]:
+        commit, push, element = bad
+        assert self.layout is not None
+        tensor = tensor_at(s.lane, s.start + element)
+        return commit, push, tensor, s.start + element - self.layout.places[tensor][1]
+
+    # What workers say.
+
+    def attach(self, identity: int, *, share: bool) -> list[int]:
+        """Make ready for a worker; returns descriptors to pass on (the shard keeps them), none unless `share`."""
+        with self.lock:
+            self._require_layout()
+            size = self.part.wire_bytes
+            if not share:
+                self._workers[identity] = _Worker(np.zeros(size, np.uint8), [], None)
+                return []
+            gradients = SharedBuffer(size, "gradients")
+            if self.consistency.kind == "bsp":
+                self._workers[identity] = _Worker(gradients.array, [gradients], None)
+                return [gradients.fd, *(side.wire.fd for side in self._sides)]
+            pulled = SharedBuffer(size, "pulled")
+            self._workers[identity] = _Worker(gradients.array, [gradients, pulled], pulled.array)
+            return [gradients.fd, pulled.fd]
+
+    def inbox(self, identity: int, size: int) -> memoryview:
+        """Return where a push's payload of `size` bytes goes. Raises LayoutError when that is not this part's size."""
+        worker = self._worker(identity)
+        if size != worker.inbox.nbytes or worker.shared:
+            raise LayoutError(f"Expected a push of {worker.inbox.nbytes} bytes, got {size}: the models differ.")
+        return memoryview(worker.inbox)
+
+    def pushed(self, identity: int, sequence: int, carried: bool) -> None:
+        """Note that push `sequence` lies whole in the worker's inbox; `carried`: it came as a payload."""
+        worker = self._worker(identity)
+        if carried is bool(worker.shared):
+            raise ProtocolError(
+                "Expected a push to come as it was agreed at Attach: in shared memory, or as a payload."
+            )
+        worker.sequence = sequence
+
+    def pull_own(self, identity: int) -> int:
+        """Copy the parameters into the worker's shared buffer; returns the commit they are of."""
+        worker = self._worker(identity)
+        with self.lock:
+            if worker.outbox is not None:
+                _kernels.copy(worker.outbox, self._sides[self.side].wire.array, threads=self.threads)
+            return self.commit
+
+    def pull_sent(self, identity: int) -> tuple[int, memoryview]:
+        """Return the parameters for sending: under BSP where they lie, else copied to the inbox, idle until the next push."""
+        worker = self._worker(identity)
+        with self.lock:
+            wire = self._sides[self.side].wire.array
+            if self.consistency.kind == "bsp":
+                return self.commit, memoryview(wire)
+            _kernels.copy(worker.inbox, wire, threads=self.threads)
+            return self.commit, memoryview(worker.inbox)
+
+    def read(self, plane: str) -> tuple[int, np.ndarray]:
+        """Return the commit and a copy of this part of a plane, as uint8: "parameters" with its gaps, others without."""
+        with self.lock:
+            return self.commit, np.concatenate([piece.view(np.uint8) for piece in self._pieces(plane)])
+
+    def write(self, plane: str, data: np.ndarray) -> None:
+        """Replace a plane, `data` being what `read` returns; the parameters and their master copy change together."""
+        with self.lock:
+            pieces = [piece.view(np.uint8) for piece in self._pieces(plane)]
+            if data.nbytes != sum(piece.nbytes for piece in pieces):
+                raise LayoutError(f"Expected {sum(p.nbytes for p in pieces)} bytes of {plane}, got {data.nbytes}.")
+            at = 0
+            for piece in pieces:
+                piece[:] = data[at : at + piece.nbytes]
+                at += piece.nbytes
+            for s, planes in zip(self.part.slices, self._sides[self.side].planes, strict=True):
+                if s.lane.dtype == s.lane.master:
+                    continue
+                if plane == "parameters":
+                    _kernels.convert(planes["master"], "float32", planes["parameters"], s.lane.dtype)
+                elif plane == "master":
+                    _kernels.convert(planes["parameters"], s.lane.dtype, planes["master"], "float32")
+
+    def plane_bytes(self, plane: str) -> int:
+        """Size of what `write` takes."""
+        with self.lock:
+            return sum(piece.nbytes for piece in self._pieces(plane))
+
+    def _pieces(self, plane: str) -> list[np.ndarray]:
+        self._require_layout()
+        if plane == "parameters":
+            return [self._sides[self.side].wire.array]
+        if plane != "master" and plane not in self.optimizer.slots:
+            known = ", ".join(("parameters", "master", *self.optimizer.slots))
+            raise LayoutError(f"Expected one of the planes {known}, got {plane!r}.")
+        return [np.zeros(0), *(planes[plane] for planes in self._sides[self.side].planes)]
+
+    def _worker(self, identity: int) -> _Worker:
+        worker = self._workers.get(identity)
+        if worker is None:
+            raise ProtocolError(
+                "Expected a worker that is attached to this server, got one that is not, or is no longer."
+            )
+        return worker
+
+    def _require_layout(self) -> None:
+        if self.layout is None:
+            raise ProtocolError("Expected parameters to be registered first, got a request for their state.")

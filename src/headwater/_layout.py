@@ -1,0 +1,263 @@
+"""Where each dense tensor lies. Pure arithmetic; workers and servers compute the same from the same specs.
+
+    arena   := lane*                      one lane per wire dtype, in order of first appearance, each starting on a page
+    lane    := tensor*                    in registration order, each at a multiple of 64 bytes; the gaps are zeros
+    block   := 16384 elements of a lane   the unit of placement and of sums of squares
+
+Server i of n owns blocks [B·i/n, B·(i+1)/n) of the arena's B blocks, so its part of the arena is one byte range.
+
+Example: tensors a (3,) and b (2, 2), float32: a at elements 0–2, b at 16–19; the arena is 20 elements, rounded up to 128 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from headwater._errors import LayoutError
+
+BLOCK = 16384  # elements
+ALIGN_BYTES = 64
+PAGE_BYTES = 4096
+
+#: Wire dtype → (bytes per element on the wire, master dtype). The master copy is what the optimizer works on.
+DTYPES = {
+    "float32": (4, "float32"),
+    "float64": (8, "float64"),
+    "bfloat16": (2, "float32"),
+    "float16": (2, "float32"),
+}
+
+
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A named dense tensor; `group` is its optimizer parameter group."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    group: int = 0
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Return the smallest multiple that is not below value."""
+    return -(-value // multiple) * multiple
+
+
+class Lane(NamedTuple):
+    """All tensors of one wire dtype."""
+
+    dtype: str
+    start_byte: int  # in the arena
+    elements: int  # gaps included
+    tensors: tuple[int, ...]  # indices into the specs
+    offsets: tuple[int, ...]  # elements, of each of these tensors
+
+    @property
+    def item_bytes(self) -> int:
+        return DTYPES[self.dtype][0]
+
+    @property
+    def master(self) -> str:
+        return DTYPES[self.dtype][1]
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.elements // BLOCK)
+
+
+class Slice(NamedTuple):
+    """The part of one lane that one server owns."""
+
+    lane: Lane
+    start: int  # element, included
+    stop: int  # not included
+    byte: int  # where it starts within the server's part of the wire arena
+
+    @property
+    def elements(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def wire_bytes(self) -> int:
+        return self.elements * self.lane.item_bytes
+
+
+class Layout:
+    """The arena of a job. Immutable. Raises LayoutError for specs that make no sense."""
+
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        _check(specs)
+        self.specs = tuple(specs)
+        self.index = {spec.name: i for i, spec in enumerate(self.specs)}
+        self.groups = 1 + max(spec.group for spec in self.specs)
+        self.lanes = tuple(_lanes(self.specs))
+        last = self.lanes[-1]
+        self.wire_bytes = last.start_byte + last.elements * last.item_bytes
+        self.parameters = sum(spec.size for spec in self.specs)
+
+    @cached_property
+    def places(self) -> dict[int, tuple[Lane, int]]:
+        """Tensor index → its lane and its first element there."""
+        return {t: (lane, at) for lane in self.lanes for t, at in zip(lane.tensors, lane.offsets, strict=True)}
+
+    def views(self, arena: np.ndarray) -> dict[str, np.ndarray]:
+        """Return an array per tensor over `arena`, uint8 of wire_bytes; 16-bit floats come as uint16 where NumPy has none."""
+        found = {}
+        for i, spec in enumerate(self.specs):
+            lane, at = self.places[i]
+            start = lane.start_byte + at * lane.item_bytes
+            raw = arena[start : start + spec.size * lane.item_bytes]
+            found[spec.name] = raw.view("uint16" if spec.dtype == "bfloat16" else spec.dtype).reshape(spec.shape)
+        return found
+
+    def empty_master(self) -> dict[str, np.ndarray]:
+        """Return an array of zeros per tensor, in its master dtype."""
+        return {spec.name: np.zeros(spec.shape, DTYPES[spec.dtype][1]) for spec in self.specs}
+
+    def part(self, index: int, count: int) -> Part:
+        """Return what server `index` of `count` owns."""
+        return Part(self, index, count)
+
+
+class Part:
+    """One server's share of the arena: a byte range of the wire arena, an element range of each lane."""
+
+    def __init__(self, layout: Layout, index: int, count: int) -> None:
+        self._specs = layout.specs
+        total = sum(lane.blocks for lane in layout.lanes)
+        first, limit = total * index // count, total * (index + 1) // count
+        self.slices: list[Slice] = []
+        self.start_byte = self.stop_byte = -1
+        for lane in layout.lanes:
+            start = min(max(first, 0) * BLOCK, lane.elements)
+            stop = min(max(limit, 0) * BLOCK, lane.elements)
+            first, limit = first - lane.blocks, limit - lane.blocks
+            if start >= stop:
+                continue
+            at = lane.start_byte + start * lane.item_bytes
+            if self.start_byte < 0:
+                self.start_byte = at
+            self.slices.append(Slice(lane, start, stop, at - self.start_byte))
+            self.stop_byte = lane.start_byte + stop * lane.item_bytes
+        self.start_byte = max(self.start_byte, 0)
+        self.wire_bytes = max(self.stop_byte, 0) - self.start_byte if self.slices else 0
+
+    @property
+    def master_bytes(self) -> int:
+        """Size of this part of a master plane: the slices one after another, without gaps between them."""
+        return sum(s.elements * np.dtype(s.lane.master).itemsize for s in self.slices)
+
+    def scatter(self, raw: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
+        """Copy this part of a master plane, uint8, into whole arrays by name."""
+        for name, start, at, count in self._pieces():
+            flat = arrays[name].reshape(-1)
+            flat[start : start + count] = raw[at : at + count * flat.itemsize].view(flat.dtype)
+
+    def gather(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return this part of a master plane, uint8, from whole arrays by name."""
+        raw = np.zeros(self.master_bytes, np.uint8)
+        for name, start, at, count in self._pieces():
+            flat = np.ascontiguousarray(arrays[name]).reshape(-1)
+            raw[at : at + count * flat.itemsize] = flat[start : start + count].view(np.uint8)
+        return raw
+
+    def _pieces(self) -> Iterator[tuple[str, int, int, int]]:
+        """Yield (tensor, its first element here, where that lies in this part in bytes, elements)."""
+        at = 0
+        for s in self.slices:
+            item = np.dtype(s.lane.master).itemsize
+            for t, offset in zip(s.lane.tensors, s.lane.offsets, strict=True):
+                spec = self._specs[t]
+                start, stop = max(offset, s.start), min(offset + spec.size, s.stop)
+                if start < stop:
+                    yield spec.name, start - offset, at + (start - s.start) * item, stop - start
+            at += s.elements * item
+
+
+def runs(s: Slice, cells: np.ndarray) -> np.ndarray:
+    """Cut a slice into runs of tensors of the same cell, gaps going with the tensor before them.
+
+    cells: int32, one per tensor. Returns int64 (runs, 3): start, stop (elements, relative to the slice), cell.
+    """
+    lane = s.lane
+    starts = np.array((*lane.offsets, lane.elements), np.int64)
+    mine = cells[list(lane.tensors)]
+    edge = np.flatnonzero(np.diff(mine)) + 1  # tensors whose cell differs from the one before
+    heads = np.concatenate(([0], edge)).astype(np.int64)
+    start = starts[heads]
+    stop = np.append(start[1:], lane.elements)
+    table = np.stack((np.maximum(start, s.start), np.minimum(stop, s.stop), mine[heads].astype(np.int64)), axis=1)
+    table = table[table[:, 0] < table[:, 1]]
+    table[:, :2] -= s.start
+    return np.ascontiguousarray(table)
+
+
+def tensor_at(lane: Lane, element: int) -> int:
+    """Return the index of the tensor that holds this element of the lane."""
+    position = int(np.searchsorted(np.array(lane.offsets), element, side="right")) - 1
+    return lane.tensors[position]
+
+
+def _lanes(specs: Sequence[TensorSpec]) -> Iterator[Lane]:
+    start_byte = 0
+    for dtype in dict.fromkeys(spec.dtype for spec in specs):
+        item = DTYPES[dtype][0]
+        step = ALIGN_BYTES // item
+        tensors, offsets, at = [], [], 0
+        for i, spec in enumerate(specs):
+            if spec.dtype == dtype:
+                tensors.append(i)
+                offsets.append(at)
+                at += round_up(spec.size, step)
+        start_byte = round_up(start_byte, PAGE_BYTES)
+        yield Lane(dtype, start_byte, at, tuple(tensors), tuple(offsets))
+        start_byte += at * item
+
+
+def _check(specs: Sequence[TensorSpec]) -> None:
+    if not specs:
+        raise LayoutError("Expected at least one tensor to register, got none: does any parameter require a gradient?")
+    seen: set[str] = set()
+    for spec in specs:
+        if spec.name in seen:
+            raise LayoutError(f"Expected every tensor to have a name of its own, got {spec.name!r} twice.")
+        seen.add(spec.name)
+        if spec.dtype not in DTYPES:
+            raise LayoutError(f"Expected one of {', '.join(DTYPES)}, got {spec.dtype} — tensor {spec.name!r}.")
+        if any(side < 1 for side in spec.shape):
+            raise LayoutError(
+                f"Expected a tensor with elements, got shape {spec.shape} — tensor {spec.name!r}: leave it out."
+            )
+        if spec.group < 0 or spec.group >= len(specs):
+            raise LayoutError(
+                f"Expected a parameter group from 0 to {len(specs) - 1}, got {spec.group} — tensor {spec.name!r}."
+            )
+
+
+def difference(ours: Sequence[TensorSpec], theirs: Sequence[TensorSpec]) -> str:
+    """Say in one sentence how the second model differs from the first; empty when it does not."""
+    have = {spec.name: spec for spec in ours}
+    got = {spec.name: spec for spec in theirs}
+    for name, spec in have.items():
+        if name not in got:
+            return f"tensor {name!r} {spec.shape} is missing"
+    for name, spec in got.items():
+        if name not in have:
+            return f"tensor {name!r} {spec.shape} is unknown"
+        if spec != have[name]:
+            old = have[name]
+            return (
+                f"tensor {name!r}: expected {old.dtype} {old.shape} in group {old.group}, "
+                f"got {spec.dtype} {spec.shape} in group {spec.group}"
+            )
+    return "" if tuple(ours) == tuple(theirs) else "the tensors come in another order"

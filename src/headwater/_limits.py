@@ -1,0 +1,17 @@
+"""Every limit, in one place. Times in seconds, sizes in bytes."""
+
+from __future__ import annotations
+
+CONTROL_BYTES = 1 << 24  # a message without its payload; a layout of 100,000 tensors fits
+PAYLOAD_BYTES = 1 << 40  # no shard is larger
+HANDSHAKE_S = 10.0  # from accept to a valid Hello
+CONNECT_S = 20.0  # until a server that is still starting must listen
+BEAT_INTERVAL_S = 1.0
+BEAT_LIMIT_S = 10.0  # a worker that sent no beat for so long is dead
+REPORT_WAIT_S = 5.0  # a waiting worker is told for whom, this often
+SILENCE_S = 30.0  # a server that says nothing for so long, not even "waiting", is gone
+HOLD_S = 120.0  # how long a reader may keep commits waiting while it saves
+QUEUE_COMMITS = 16  # commits applied in one pass over memory
+WORKERS = 1024
+SERVERS = 256
+STATE_BYTES = 1 << 20  # the job's small dictionary

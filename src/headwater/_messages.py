@@ -1,0 +1,320 @@
+"""What is said: one frozen struct per message kind. No I/O.
+
+A message travels as a MessagePack array whose first element is its name; bulk bytes follow it as the frame's
+payload (`_wire`). Only the kinds that say so below carry a payload. Decoding never runs a peer's code.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from headwater._consistency import Consistency
+from headwater._errors import BY_NAME, HeadwaterError, InternalError, ProtocolError
+from headwater._layout import TensorSpec
+from headwater.optim import AnyOptimizer
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Base of all messages."""
+
+
+class Hello(Message, frozen=True, tag=True):
+    """First on every connection. `role` is worker, beat, observer, server or coordinator."""
+
+    token: str
+    role: str
+    identity: int  # random, one per process; names its pushes together with their sequence
+    index: int = -1  # wanted place among the workers; -1: any
+    workers: int = 0  # how many the job should wait for at its start; 0: as the server says
+    consistency: Consistency | None = None  # None: whatever the job has
+    label: str = ""  # host and pid, for people
+
+
+class ServerAddress(Message, frozen=True):
+    """Where one server listens; the client chooses."""
+
+    tcp: str
+    unix: str
+    host: str  # boot id and user: equal to the client's own means that shared memory works
+
+
+class Welcome(Message, frozen=True, tag=True):
+    """Answer to Hello."""
+
+    index: int
+    workers: int
+    consistency: Consistency
+    servers: tuple[ServerAddress, ...]
+
+
+class Failed(Message, frozen=True, tag=True):
+    """The request was refused; the name of the error's class and its text."""
+
+    error: str
+    text: str
+
+    def exception(self) -> HeadwaterError:
+        """Return the error to raise on this side."""
+        return BY_NAME.get(self.error, InternalError)(self.text)
+
+
+class Done(Message, frozen=True, tag=True):
+    """The request was carried out and there is nothing more to say."""
+
+
+class Waiting(Message, frozen=True, tag=True):
+    """An interim answer: the request is still waiting, `seconds` so far, for those named."""
+
+    seconds: float
+    names: tuple[str, ...]
+
+
+class Beat(Message, frozen=True, tag=True):
+    """The sender's process lives."""
+
+
+class Register(Message, frozen=True, tag=True):
+    """To the coordinator: the dense parameters and their optimizer. The first one decides, the others must agree."""
+
+    tensors: tuple[TensorSpec, ...]
+    optimizer: AnyOptimizer
+
+
+class Registered(Message, frozen=True, tag=True):
+    """`initialise`: this worker now puts the initial values on every server, then says Initialised."""
+
+    initialise: bool
+    clock: int = 0
+    side: int = 0
+
+
+class Initialised(Message, frozen=True, tag=True):
+    """To the coordinator: every value is in place. `steps` (one per tensor) and `commit` go on from a saved job."""
+
+    commit: int = 0
+    steps: tuple[int, ...] = ()
+    state: dict[str, bytes] = {}
+
+
+class Assign(Message, frozen=True, tag=True):
+    """Coordinator to server: the whole layout, and which part of it is yours."""
+
+    tensors: tuple[TensorSpec, ...]
+    optimizer: AnyOptimizer
+    index: int
+    count: int
+    consistency: Consistency
+
+
+class Attach(Message, frozen=True, tag=True):
+    """To each server, once registered: make ready for this worker's pushes. `share`: through shared memory."""
+
+    identity: int
+    share: bool
+
+
+class Attached(Message, frozen=True, tag=True):
+    """`fds` file descriptors come along: the push buffer, then the parameter buffers (two under BSP, else one)."""
+
+    fds: int
+
+
+class Detach(Message, frozen=True, tag=True):
+    """Coordinator to server: this worker is gone."""
+
+    identity: int
+
+
+class Put(Message, frozen=True, tag=True):
+    """To a server: replace a plane of its state. Payload: the server's part of it."""
+
+    plane: str
+
+
+class Pull(Message, frozen=True, tag=True):
+    """To a server: send a plane. `own`: into this worker's shared parameter buffer instead of a payload."""
+
+    plane: str = "parameters"
+    own: bool = False
+
+
+class Pulled(Message, frozen=True, tag=True):
+    """Payload: the plane, as it was after `commit`."""
+
+    commit: int
+
+
+class Push(Message, frozen=True, tag=True):
+    """To a server: this worker's gradients lie ready. Payload: the server's part, absent in shared memory.
+
+    Nothing counts before the coordinator has the Seal. `ack`: answer Done when it is whole here.
+    """
+
+    sequence: int
+    ack: bool = False
+
+
+class Seal(Message, frozen=True, tag=True):
+    """To the coordinator: push number `sequence` is whole on every server; let it count."""
+
+    sequence: int
+    weight: float
+    scalars: tuple[tuple[float, ...], ...]  # one row per parameter group
+    absent: bytes = b""  # packed bits, one per tensor, 1: no gradient; empty: all present
+
+
+class Committed(Message, frozen=True, tag=True):
+    """The commit that holds the push and the side its result lies on, or why the push was refused."""
+
+    commit: int
+    clock: int
+    side: int
+    accepted: int  # pushes in that commit
+    staleness: int = 0
+    refused: Failed | None = None
+
+
+class CommitSpec(Message, frozen=True):
+    """One commit as a server needs it. Tensors that are treated alike form a *cell*."""
+
+    pushes: tuple[tuple[int, int], ...]  # (identity, sequence), in the order of the sum
+    cells: bytes  # int32, one per tensor; -1: nobody has a gradient for it, it stays as it is
+    rows: tuple[tuple[float, ...], ...]  # cell → the optimizer's scalars, bias corrections included
+    coefficients: bytes  # float64 (cells, pushes): what each push's gradient is multiplied by in the sum; 0: absent
+
+
+class Prepare(Message, frozen=True, tag=True):
+    """Coordinator to server: apply these commits beside the current state."""
+
+    first: int  # number of the first commit
+    commits: tuple[CommitSpec, ...]
+
+
+class Prepared(Message, frozen=True, tag=True):
+    """`bad`: (commit, push, tensor, element) of the first non-finite gradient element."""
+
+    bad: tuple[int, int, int, int] | None = None
+
+
+class Norms(Message, frozen=True, tag=True):
+    """Coordinator to server: the sums of squares of this commit's gradient. Answer: Normed."""
+
+    commit: CommitSpec
+
+
+class Normed(Message, frozen=True, tag=True):
+    """float64, one sum per block."""
+
+    sums: bytes
+
+
+class Flip(Message, frozen=True, tag=True):
+    """Coordinator to server: the state is now that after `commit`; `swap`: which is what was prepared."""
+
+    commit: int
+    swap: bool
+
+
+class Enroll(Message, frozen=True, tag=True):
+    """Server to coordinator: I am here."""
+
+    address: ServerAddress
+
+
+class Leave(Message, frozen=True, tag=True):
+    """To the coordinator: this worker has ended its data, and leaves the barrier."""
+
+
+class Hold(Message, frozen=True, tag=True):
+    """To the coordinator: no commits until Resume, so that several planes can be read together. Answer: Held."""
+
+
+class Held(Message, frozen=True, tag=True):
+    """What a reader needs to know about the state it now reads."""
+
+    commit: int
+    steps: tuple[int, ...]
+    tensors: tuple[TensorSpec, ...]
+    optimizer: AnyOptimizer | None
+
+
+class Resume(Message, frozen=True, tag=True):
+    """To the coordinator: commits may go on."""
+
+
+class StateGet(Message, frozen=True, tag=True):
+    """To the coordinator: the job's small dictionary. Answer: State."""
+
+
+class State(Message, frozen=True, tag=True):
+    """Values are MessagePack."""
+
+    items: dict[str, bytes]
+
+
+class StateSet(Message, frozen=True, tag=True):
+    """To the coordinator: change one key; None removes it."""
+
+    key: str
+    value: bytes | None
+
+
+class Report(Message, frozen=True, tag=True):
+    """To the coordinator: figures for people, kept per worker. No answer."""
+
+    figures: dict[str, float]
+
+
+class StatsGet(Message, frozen=True, tag=True):
+    """To the coordinator. Answer: Stats."""
+
+
+class WorkerStats(Message, frozen=True):
+    """One worker as the coordinator sees it."""
+
+    index: int
+    label: str
+    live: bool
+    clock: int
+    staleness: int
+    staleness_max: int
+    pushes: int
+    refused: int
+    figures: dict[str, float]
+
+
+class Stats(Message, frozen=True, tag=True):
+    """The job at a glance."""
+
+    commit: int
+    seconds: float
+    parameters: int
+    push_bytes: int
+    pull_bytes: int
+    refused: int
+    consistency: Consistency
+    servers: int
+    workers: tuple[WorkerStats, ...]
+
+
+AnyMessage = (
+    Hello | Welcome | Failed | Done | Waiting | Beat | Register | Registered | Initialised | Assign | Attach
+    | Attached | Detach | Put | Pull | Pulled | Push | Seal | Committed | Prepare | Prepared | Norms | Normed
+    | Flip | Enroll | Leave | Hold | Held | Resume | StateGet | State | StateSet | Report | StatsGet | Stats
+)  # fmt: skip
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: AnyMessage) -> bytes:
+    """Return the message's MessagePack."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes | memoryview) -> AnyMessage:
+    """Return the message that `data` holds. Raises ProtocolError."""
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, ValueError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"Expected a Headwater message, got {len(data)} bytes that are none: {error}.") from error

@@ -1,0 +1,95 @@
+"""From an accepted commit to the numbers that every server applies: who counts how much where, and at which step.
+
+Tensors that have made the same steps in the same parameter group form a *cohort*; normally there is one per group. A
+tensor that no push has a gradient for stays untouched and its step count stands still, so cohorts part. Within a commit,
+tensors of one cohort that the same pushes have gradients for form a *cell*.
+
+The mean is over all pushes of the commit, weighted: g = Σ wᵢ·gᵢ / Σ wᵢ, a missing gradient counting as zero. That is what one
+process with the larger batch computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from headwater._consistency import PushEntry
+from headwater._messages import CommitSpec
+from headwater.optim import AnyOptimizer
+
+
+class Plan(NamedTuple):
+    """Step counts after some commit. Immutable: a commit that is refused leaves nothing behind."""
+
+    cohort_of: np.ndarray  # int32, one per tensor
+    cells: bytes  # the same as bytes: the cells of a commit in which every gradient is present
+    cohorts: tuple[tuple[int, int], ...]  # (parameter group, steps made)
+
+    @classmethod
+    def start(cls, groups: Sequence[int], steps: Sequence[int] = ()) -> Plan:
+        """Return the plan of tensors in these groups that have made these steps; none: all 0."""
+        keys = list(zip(groups, steps or [0] * len(groups), strict=True))
+        cohorts = tuple(dict.fromkeys(keys))
+        number = {key: i for i, key in enumerate(cohorts)}
+        cohort_of = np.array([number[key] for key in keys], np.int32)
+        return cls(cohort_of, cohort_of.tobytes(), cohorts)
+
+    def steps(self) -> tuple[int, ...]:
+        """Steps made, one per tensor."""
+        return tuple(self.cohorts[c][1] for c in self.cohort_of)
+
+    def next(self, optimizer: AnyOptimizer, pushes: Sequence[PushEntry], scale: float = 1.0) -> tuple[CommitSpec, Plan]:
+        """Return the commit of these pushes (one or more), its gradient multiplied by `scale`, and the plan after it."""
+        names = tuple((p.worker, p.sequence) for p in pushes)
+        total = sum(p.weight for p in pushes)
+        sign = -scale if getattr(optimizer, "maximize", False) else scale
+        shares = np.array([sign * (p.weight / total) for p in pushes])
+        if any(p.absent for p in pushes):
+            present = np.array([~_absent(p, len(self.cohort_of)) for p in pushes])
+            plan, cells, cell_cohorts, held = self._split(present)
+            coefficients = np.where(held, shares, 0.0)
+        else:
+            plan, cells, cell_cohorts = self, self.cells, list(range(len(self.cohorts)))
+            coefficients = np.tile(shares, (len(self.cohorts), 1))
+        cohorts = list(plan.cohorts)
+        for cohort in set(cell_cohorts):
+            group, steps = cohorts[cohort]
+            cohorts[cohort] = (group, steps + 1)
+        scalars = [dict(zip(optimizer.scalars(), row, strict=True)) for row in pushes[0].scalars]
+        rows = [tuple(optimizer.row(scalars[group], steps)) for group, steps in cohorts]
+        spec = CommitSpec(names, cells, tuple(rows[c] for c in cell_cohorts), coefficients.tobytes())
+        return spec, plan._replace(cohorts=tuple(cohorts))
+
+    def _split(self, present: np.ndarray) -> tuple[Plan, bytes, list[int], np.ndarray]:
+        """Part cohorts whose tensors are not all touched, and tell the cells apart.
+
+        present: bool (pushes, tensors). Returns the plan, the cells, each cell's cohort and bool (cells, pushes).
+        """
+        touched = present.any(axis=0)
+        cohort_of, cohorts = self.cohort_of.copy(), list(self.cohorts)
+        for cohort in range(len(cohorts)):
+            mine = cohort_of == cohort
+            if touched[mine].any() and not touched[mine].all():
+                cohort_of[mine & touched] = len(cohorts)
+                cohorts.append(cohorts[cohort])
+        cells = np.full(len(cohort_of), -1, np.int32)
+        seen: dict[tuple[int, bytes], int] = {}
+        for tensor in np.flatnonzero(touched):
+            key = (int(cohort_of[tensor]), present[:, tensor].tobytes())
+            cells[tensor] = seen.setdefault(key, len(seen))
+        held = np.array([np.frombuffer(pattern, bool) for _, pattern in seen]).reshape(len(seen), len(present))
+        plan = Plan(cohort_of, cohort_of.tobytes(), tuple(cohorts))
+        return plan, cells.tobytes(), [cohort for cohort, _ in seen], held
+
+
+def pack_absent(absent: Sequence[bool]) -> bytes:
+    """Return the bits of a push's missing gradients; empty when none is missing."""
+    return np.packbits(np.array(absent, bool)).tobytes() if any(absent) else b""
+
+
+def _absent(push: PushEntry, tensors: int) -> np.ndarray:
+    if not push.absent:
+        return np.zeros(tensors, bool)
+    return np.unpackbits(np.frombuffer(push.absent, np.uint8), count=tensors).astype(bool)

@@ -1,0 +1,418 @@
+"""The process that listens: a thin shell of sockets and threads around the shard and, in a job's first server, the coordinator.
+
+One thread per connection reads a request, carries it out and answers. Payloads go from the socket straight into the
+worker's inbox and from the state straight to the socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import os
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from headwater import _limits
+from headwater._consistency import Consistency
+from headwater._coordinator import Coordinator
+from headwater._dense import Shard
+from headwater._errors import (
+    AuthenticationError,
+    HeadwaterError,
+    InternalError,
+    PeerLostError,
+    ProtocolError,
+    SettingError,
+    WaitTimeoutError,
+)
+from headwater._messages import (
+    AnyMessage,
+    Attach,
+    Attached,
+    Beat,
+    Done,
+    Enroll,
+    Failed,
+    Hello,
+    Hold,
+    Initialised,
+    Leave,
+    Pull,
+    Pulled,
+    Push,
+    Put,
+    Register,
+    Report,
+    Resume,
+    Seal,
+    ServerAddress,
+    State,
+    StateGet,
+    StateSet,
+    StatsGet,
+)
+from headwater._transport import (
+    Address,
+    Connection,
+    MemoryConnection,
+    SocketConnection,
+    check_user,
+    connect,
+    listen,
+    memory_pair,
+    request,
+)
+
+ROLES = ("worker", "data", "beat", "observer", "server", "coordinator")
+
+
+def host_name() -> str:
+    """Name this machine and user: processes for which it is equal can share memory."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        space = Path("/proc/self/ns/mnt").readlink()
+        return f"{boot}/{space}/{os.geteuid()}"
+    return f"{socket.gethostname()}/{os.geteuid()}"
+
+
+class Server:
+    """A running server. Close it, or use it as a context manager; closing twice is fine.
+
+    join: the coordinator's address; None: this process holds the coordinator, for `servers` servers and `workers` workers
+    (0: as many as the first worker says).
+    """
+
+    def __init__(
+        self,
+        listen_on: Address | None = None,
+        *,
+        token: str = "",
+        join: Address | None = None,
+        consistency: Consistency | None = None,
+        workers: int = 0,
+        servers: int = 1,
+        threads: int | None = None,
+        level: str = "auto",
+    ) -> None:
+        if not 0 <= workers <= _limits.WORKERS or not 1 <= servers <= _limits.SERVERS:
+            raise SettingError(
+                f"Expected up to {_limits.WORKERS} workers and 1 to {_limits.SERVERS} servers, got {workers} and {servers}."
+            )
+        if listen_on is not None and not token:
+            raise SettingError("Expected a token where a server listens, got none: set HEADWATER_TOKEN.")
+        self.token = token
+        self.shard = Shard(threads=threads or len(os.sched_getaffinity(0)), level=level)
+        self.coordinator: Coordinator | None = None
+        if join is None:
+            self.coordinator = Coordinator(self.shard, consistency=consistency, workers=workers, servers=servers)
+        self._listeners: list[socket.socket] = []
+        self._connections: set[Connection] = set()
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._folder: str | None = None
+        self.stopped = threading.Event()
+        self.had_workers = threading.Event()
+        self.address = ServerAddress("", "", host_name())
+        try:
+            if listen_on is not None:
+                self._listen(listen_on)
+            if self.coordinator is not None:
+                self.coordinator.add_server(self.address, None)
+            elif join is not None:
+                self._enroll(join)
+        except BaseException:
+            self.close()
+            raise
+
+    def _listen(self, address: Address) -> None:
+        tcp = ""
+        if address.kind == "tcp":
+            sock = listen(address)
+            tcp = str(address._replace(port=sock.getsockname()[1]))
+            self._accept_on(sock)
+            _sweep_folders()
+            self._folder = tempfile.mkdtemp(prefix=f"headwater-{os.geteuid()}-{os.getpid()}-")
+            address = Address("unix", f"{self._folder}/socket", 0)
+        self._accept_on(listen(address))
+        self.address = ServerAddress(tcp, str(address), host_name())
+
+    def _accept_on(self, sock: socket.socket) -> None:
+        self._listeners.append(sock)
+        threading.Thread(target=self._accept, args=(sock,), name="accept", daemon=True).start()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:  # closed, or out of descriptors for now
+                if self._is_closed:
+                    return
+                time.sleep(0.05)
+                continue
+            self._serve_in_thread(SocketConnection(sock), partial(check_user, sock))
+
+    def connect_memory(self) -> MemoryConnection:
+        """Return a connection to this server from within the process."""
+        ours, theirs = memory_pair()
+        self._serve_in_thread(ours, lambda: None)
+        return theirs
+
+    def _serve_in_thread(self, connection: Connection, check: Callable[[], None]) -> None:
+        with self._lock:
+            if self._is_closed:
+                connection.close()
+                return
+            self._connections.add(connection)
+        threading.Thread(target=self._serve, args=(connection, check), name="serve", daemon=True).start()
+
+    def _enroll(self, join: Address) -> None:
+        """Join a job as a further server; the coordinator then connects back to us. Its end is ours."""
+        connection = connect(join)
+        with self._lock:
+            self._connections.add(connection)
+        request(connection, Hello(self.token, "server", 0, label=_label()))
+        request(connection, Enroll(self.address))
+
+        def watch() -> None:
+            with contextlib.suppress(HeadwaterError):
+                connection.receive()
+            self.stopped.set()
+
+        threading.Thread(target=watch, name="watch", daemon=True).start()
+
+    # One connection.
+
+    def _serve(self, connection: Connection, check: Callable[[], None]) -> None:
+        handler = None
+        try:
+            check()
+            connection.set_timeout(_limits.HANDSHAKE_S)
+            handler = _Handler(self, connection, self._greet(connection))
+            handler.welcome()
+            connection.set_timeout(_limits.BEAT_LIMIT_S if handler.role == "beat" else None)
+            while handler.handle():
+                pass
+        except PeerLostError:
+            pass
+        except HeadwaterError as error:
+            _refuse(connection, error)
+        except Exception as error:
+            _refuse(connection, InternalError(f"{type(error).__name__}: {error}. Please report this."))
+            raise
+        finally:
+            with self._lock:
+                self._connections.discard(connection)
+            connection.close()
+            if handler is not None:
+                handler.close()
+
+    def _greet(self, connection: Connection) -> Hello:
+        hello = connection.receive().message
+        if not isinstance(hello, Hello):
+            raise ProtocolError(f"Expected Hello first, got {type(hello).__name__}.")
+        if not hmac.compare_digest(hello.token.encode(), self.token.encode()):
+            raise AuthenticationError(
+                "Expected the job's token, got another or none: set HEADWATER_TOKEN as on the server."
+            )
+        if hello.role not in ROLES:
+            raise ProtocolError(f"Expected a role of {', '.join(ROLES)}, got {hello.role!r}.")
+        return hello
+
+    def close(self) -> None:
+        """Stop listening and end every connection. What workers share stays theirs."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            connections = list(self._connections)
+        for listener in self._listeners:
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+        for connection in connections:
+            connection.close()
+        if self.address.unix:
+            with contextlib.suppress(OSError):
+                Path(Address.parse(self.address.unix).host).unlink()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self.stopped.set()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Server {self.address.tcp or self.address.unix or 'embedded'} commit={self.shard.commit}>"
+
+
+class _Handler:
+    """What one peer may ask, and the answers."""
+
+    def __init__(self, server: Server, connection: Connection, hello: Hello) -> None:
+        self._server, self._shard, self._coordinator = server, server.shard, server.coordinator
+        self._connection, self._hello = connection, hello
+        self._identity, self.role = hello.identity, hello.role
+        self._is_member = False
+        self._incoming: np.ndarray | None = None  # a plane that a Put brings
+        self._carried = False  # whether a payload came with the push
+
+    def welcome(self) -> None:
+        """Take the peer in, or raise."""
+        answer: AnyMessage = Done()
+        if self.role in ("worker", "observer"):
+            answer = self._job().hello(self._hello, self._connection, self._connection.send)
+        elif self.role == "beat":
+            self._job().beat(self._identity, self._connection)
+        self._is_member = True
+        if self.role == "worker":
+            self._server.had_workers.set()
+        self._connection.send(answer)
+
+    def handle(self) -> bool:
+        """Carry out one request. Returns whether more may come. Errors of the caller are answered, not raised."""
+        message = self._connection.receive(self._sink).message
+        try:
+            return self._dispatch(message)
+        except (PeerLostError, ProtocolError):
+            raise
+        except HeadwaterError as error:
+            self._connection.send(Failed(type(error).__name__, str(error)))
+            return True
+
+    def _dispatch(self, message: AnyMessage) -> bool:
+        match message:
+            case Push():
+                self._shard.pushed(self._identity, message.sequence, self._carried)
+                self._carried = False
+                if message.ack:
+                    self._answer(Done())
+            case Seal():
+                self._answer(self._job().seal(self._identity, message, self._connection.send))
+            case Pull():
+                self._pull(message)
+            case Put():
+                if self._incoming is None:
+                    raise ProtocolError("Expected Put with a payload, got none.")
+                self._shard.write(message.plane, self._incoming)
+                self._incoming = None
+                self._answer(Done())
+            case Beat():
+                pass
+            case Attach():
+                fds = self._shard.attach(message.identity, share=message.share and self._connection.can_share)
+                self._connection.send(Attached(len(fds)), fds=fds)
+            case Register():
+                self._answer(self._job().register(self._identity, message, self._connection.send))
+            case Initialised():
+                self._answer(self._job().initialised(self._identity, message))
+            case Leave():
+                self._job().leave(self._identity, close=False)
+                self._answer(Done())
+            case Hold():
+                self._answer(self._job().hold(self._identity, self._connection.send))
+            case Resume():
+                self._job().resume(self._identity)
+                self._answer(Done())
+            case Report():
+                self._job().report(self._identity, message.figures)
+            case StateGet():
+                self._answer(State(dict(self._job().state)))
+            case StateSet():
+                self._job().set_state(message.key, message.value)
+                self._answer(Done())
+            case StatsGet():
+                self._answer(self._job().stats())
+            case Enroll() if self.role == "server":
+                self._enroll(message)
+            case _ if self.role == "coordinator":
+                self._answer(self._shard.handle(message))
+            case _:
+                raise ProtocolError(f"Expected a request that a {self.role} may make, got {type(message).__name__}.")
+        return True
+
+    def _answer(self, message: AnyMessage) -> None:
+        self._connection.send(message)
+
+    def _sink(self, message: AnyMessage, size: int) -> memoryview:
+        """Say where a payload goes."""
+        is_worker = self.role in ("worker", "data")
+        if isinstance(message, Push) and is_worker:
+            self._carried = True
+            return self._shard.inbox(self._identity, size)
+        if isinstance(message, Put) and is_worker:
+            expected = self._shard.plane_bytes(message.plane)
+            if size == expected:
+                self._incoming = np.empty(size, np.uint8)
+                return memoryview(self._incoming)
+            raise ProtocolError(f"Expected {expected} bytes of {message.plane}, got {size}.")
+        raise ProtocolError(f"Expected {type(message).__name__} without payload, got {size} bytes.")
+
+    def _pull(self, pull: Pull) -> None:
+        if pull.own:
+            self._answer(Pulled(self._shard.pull_own(self._identity)))
+        elif pull.plane == "parameters" and self.role in ("worker", "data"):
+            commit, view = self._shard.pull_sent(self._identity)
+            self._connection.send(Pulled(commit), view)
+        else:
+            commit, copy = self._shard.read(pull.plane)
+            self._connection.send(Pulled(commit), memoryview(copy))
+
+    def _enroll(self, message: Enroll) -> None:
+        same_host = message.address.host == host_name()
+        address = message.address.unix if same_host and message.address.unix else message.address.tcp
+        back = connect(Address.parse(address))
+        back.set_timeout(_limits.SILENCE_S)
+        job = self._job()
+        request(back, Hello(self._server.token, "coordinator", 0))
+        job.add_server(message.address, back)
+        self._answer(Done())
+
+    def _job(self) -> Coordinator:
+        if self._coordinator is None:
+            raise ProtocolError("Expected a request to the job's coordinator at the job's first server, got it here.")
+        return self._coordinator
+
+    def close(self) -> None:
+        """The connection has ended: the death of what was behind it."""
+        if self._coordinator is None or not self._is_member:
+            return
+        if self.role in ("worker", "beat"):
+            self._coordinator.leave(self._identity)
+        elif self.role == "observer":
+            self._coordinator.resume(self._identity)
+        elif self.role == "server":
+            self._coordinator.lose_server(self._hello.label)
+
+
+def _refuse(connection: Connection, error: HeadwaterError) -> None:
+    """Tell a peer why its connection ends, and give it a moment to read that before the reset."""
+    with contextlib.suppress(HeadwaterError):
+        connection.send(Failed(type(error).__name__, str(error)))
+        connection.flush()
+        if isinstance(error, WaitTimeoutError):
+            return
+        if isinstance(connection, SocketConnection):
+            connection.drain()
+
+
+def _label() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def _sweep_folders() -> None:
+    """Remove the socket folders of this user's servers that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"headwater-{os.geteuid()}-*-*"):
+        process = folder.name.split("-")[2]
+        if process.isdigit() and not Path(f"/proc/{process}").exists():
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,708 @@
+"""A worker's connection to a job: pull, push, wait."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import secrets
+import socket
+import time
+import weakref
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from headwater import _kernels, _limits
+from headwater._checkpoint import Checkpoint
+from headwater._consistency import Consistency
+from headwater._data import Portion, Sized
+from headwater._errors import (
+    ClosedError,
+    HeadwaterError,
+    LayoutError,
+    ProtocolError,
+    SettingError,
+    UsageError,
+    WaitTimeoutError,
+)
+from headwater._layout import Layout, Part, TensorSpec
+from headwater._memory import stack_buffers
+from headwater._messages import (
+    AnyMessage,
+    Attach,
+    Attached,
+    Beat,
+    Committed,
+    Done,
+    Failed,
+    Held,
+    Hello,
+    Hold,
+    Initialised,
+    Leave,
+    Pull,
+    Pulled,
+    Push,
+    Put,
+    Register,
+    Registered,
+    Report,
+    Resume,
+    Seal,
+    State,
+    StateGet,
+    StateSet,
+    Stats,
+    StatsGet,
+    Waiting,
+    Welcome,
+    encode,
+)
+from headwater._plan import pack_absent
+from headwater._server import Server, host_name
+from headwater._transport import Address, Connection, connect, request
+from headwater._wire import pack_header
+from headwater.optim import SGD, AnyOptimizer
+
+_log = logging.getLogger("headwater")
+_M = TypeVar("_M")
+_open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+class JobState(MutableMapping[str, Any]):
+    """A small dictionary kept by the job: where a joiner finds the step, the vocabulary, the scheduler's state.
+
+    Values are anything MessagePack can hold; each access asks the coordinator.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def _items(self) -> dict[str, bytes]:
+        return self._session._ask(StateGet(), State).items
+
+    def __getitem__(self, key: str) -> Any:
+        return msgspec.msgpack.decode(self._items()[key])
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._session._ask(StateSet(key, msgspec.msgpack.encode(value)), Done)
+
+    def __delitem__(self, key: str) -> None:
+        if key not in self._items():
+            raise KeyError(key)
+        self._session._ask(StateSet(key, None), Done)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items())
+
+    def __len__(self) -> int:
+        return len(self._items())
+
+
+class _Link:
+    """The way to one server's part of the arena."""
+
+    def __init__(self, connection: Connection, part: Part, *, shares: bool) -> None:
+        self.connection, self.part, self.shares = connection, part, shares
+        self.byte = slice(part.start_byte, part.start_byte + part.wire_bytes)
+
+
+class Session:
+    """One worker of a job, made by `connect`. It is used by one thread at a time, in the process that made it.
+
+    Closing twice is fine; an open session is closed when the process ends. A process that dies without closing is noticed by
+    the servers, and its unsealed push counts nowhere.
+    """
+
+    def __init__(self, address: Address | None, *, hello: Hello, transport: str, timeout_s: float) -> None:
+        self._token, self._transport, self._timeout_s = hello.token, transport, timeout_s
+        self._pid = os.getpid()
+        self._identity = hello.identity
+        self._server: Server | None = None
+        self._beat: Connection | None = None
+        self._heartbeat: _kernels.Heartbeat | None = None
+        self._data: dict[int, tuple[Connection, bool]] = {}  # by server
+        self._links: list[_Link] = []
+        self._layout: Layout | None = None
+        self._optimizer: AnyOptimizer | None = None
+        self._saved: Checkpoint | None = None
+        self._arenas: list[Any] = []
+        self.sides: list[dict[str, np.ndarray]] = []  #: one set of parameter views, or two that take turns
+        self.side = 0  #: which of them is current
+        self.accepted = 0  #: pushes in the commit that was last waited for
+        self._gradients: dict[str, np.ndarray] = {}
+        self._sequence = -1
+        self._is_pending = False  # a sealed push is not yet answered
+        self._wants_pull = False
+        self._is_closed = False
+        self.clock = 0  #: finished steps
+        self.staleness = 0  #: commits by others between this worker's last pull and its last push
+        self.state = JobState(self)
+        if address is None:
+            self._server = Server(token=hello.token, consistency=hello.consistency, workers=1)
+            self._control: Connection = self._server.connect_memory()
+        else:
+            self._control = connect(address, min(timeout_s, _limits.CONNECT_S))
+        try:
+            self._control.set_timeout(_limits.SILENCE_S)
+            self._control.send(hello)
+            welcome = self._receive(Welcome)
+            if address is not None and hello.role == "worker":
+                self._start_beat(address)
+        except BaseException:
+            self.close()
+            raise
+        self.index = welcome.index  #: this worker's place among the workers, from 0
+        self.workers = welcome.workers  #: how many the job was started for
+        self.consistency = welcome.consistency
+        self._addresses = welcome.servers
+        self._control_address = address
+        _open_sessions.add(self)
+
+    def _start_beat(self, address: Address) -> None:
+        beat = connect(address)
+        request(beat, Hello(self._token, "beat", self._identity))
+        control = encode(Beat())
+        self._beat = beat
+        self._heartbeat = _kernels.Heartbeat(
+            beat.fileno(), pack_header(len(control), 0) + control, _limits.BEAT_INTERVAL_S
+        )
+
+    # Registration.
+
+    def register(self, arrays: Mapping[str, np.ndarray], optimizer: AnyOptimizer | None = None) -> None:
+        """Put named arrays under the job's care; the first worker's values are the initial ones, the others adopt them.
+
+        arrays: float32, float64 or float16, any shape; they are copied. optimizer: what the servers do with gradients, as in
+        `headwater.optim`; default SGD(lr=0.01). Raises LayoutError or SettingError where the job has others.
+        """
+        specs = [TensorSpec(name, array.shape, array.dtype.name) for name, array in arrays.items()]
+        values = {name: a.view("uint16") if a.dtype.name == "bfloat16" else a for name, a in arrays.items()}
+        self.register_specs(specs, values, optimizer or SGD(lr=0.01))
+
+    def register_specs(
+        self, specs: Sequence[TensorSpec], values: Mapping[str, np.ndarray], optimizer: AnyOptimizer
+    ) -> None:
+        """Register tensors by their specs; what adapters use. values: arrays as `Layout.views` shapes them (bfloat16: uint16)."""
+        self._require_open()
+        if self._layout is not None:
+            raise UsageError("Expected one registration per session, got another: give one optimizer all parameters.")
+        layout = Layout(specs)
+        answer = self._ask(Register(layout.specs, optimizer), Registered)
+        self._layout, self._optimizer = layout, optimizer
+        self._scalars = [tuple(optimizer.scalars().values())] * layout.groups
+        self._attach()
+        if answer.initialise:
+            answer = self._initialise(values)
+        self.clock = answer.clock
+        self._flip(answer.side)
+        self.pull_parameters()
+
+    def _attach(self) -> None:
+        """Connect to every server that owns a part, and map or make the buffers."""
+        assert self._layout is not None
+        count = len(self._addresses)
+        fds: list[tuple[int, ...]] = []
+        for i in range(count):
+            part = self._layout.part(i, count)
+            if part.wire_bytes == 0:
+                continue
+            connection, shares = self._data_connection(i)
+            connection.send(Attach(self._identity, shares))
+            attached, passed = self._receive_from(connection, Attached)
+            if shares != bool(passed) or len(passed) != attached.fds:
+                raise ProtocolError(f"Expected {attached.fds} shared buffers, got {len(passed)}.")
+            self._links.append(_Link(connection, part, shares=shares))
+            fds.append(passed)
+        sizes = [link.part.wire_bytes for link in self._links]
+        if not self._links[0].shares:
+            self._arenas = [np.zeros(self._layout.wire_bytes, np.uint8) for _ in range(2)]
+        else:
+            gradient, *sides = zip(*fds, strict=True)
+            self._arenas = [stack_buffers(list(gradient), sizes, private=False).array[: self._layout.wire_bytes]]
+            # BSP reads the servers' own memory: privately, so that a stray write harms nobody.
+            self._private = [stack_buffers(list(s), sizes, private=len(sides) == 2) for s in sides]
+            self._arenas += [arena.array[: self._layout.wire_bytes] for arena in self._private]
+        self._gradients = self._layout.views(self._arenas[0])
+        self.sides = [self._layout.views(arena) for arena in self._arenas[1:]]
+
+    def _data_connection(self, i: int) -> tuple[Connection, bool]:
+        """Return the connection to server i and whether it shares memory; all servers the same way."""
+        if i not in self._data:
+            self._data[i] = self._open_data(i)
+        return self._data[i]
+
+    def _open_data(self, i: int) -> tuple[Connection, bool]:
+        local = all(a.host == host_name() and a.unix for a in self._addresses)
+        shares = self._control.can_share if self._server is not None else local and self._transport != "tcp"
+        if self._transport == "shm" and not shares:
+            raise SettingError("Expected servers on this machine and of this user for transport='shm': leave it out.")
+        if i == 0 and self._control.can_share == shares:
+            return self._control, shares
+        address = self._addresses[i].unix if shares else self._addresses[i].tcp
+        if not address:
+            raise SettingError(
+                "Expected a server that listens on TCP for transport='tcp', got one on a Unix socket only."
+            )
+        target = Address.parse(address)
+        if i == 0 and self._control_address is not None and target.kind == "tcp" == self._control_address.kind:
+            target = self._control_address
+        connection = connect(target)
+        connection.set_timeout(_limits.SILENCE_S)
+        request(connection, Hello(self._token, "data", self._identity))
+        return connection, shares
+
+    def _initialise(self, values: Mapping[str, np.ndarray]) -> Registered:
+        """Put this worker's values, or the loaded ones, on every server."""
+        assert self._layout is not None
+        saved = self._saved
+        if saved is not None:
+            assert self._optimizer is not None
+            saved.check(self._layout, self._optimizer)
+            self._put_planes(saved.planes)
+            return self._ask(Initialised(saved.commit, saved.steps, saved.state), Registered)
+        arena = np.zeros(self._layout.wire_bytes, np.uint8)
+        for name, view in self._layout.views(arena).items():
+            view[...] = values[name]
+        for link in self._links:
+            request(link.connection, Put("parameters"), payload=memoryview(arena[link.byte]))
+        return self._ask(Initialised(), Registered)
+
+    # Push, wait, pull.
+
+    @property
+    def gradients(self) -> dict[str, np.ndarray]:
+        """Writable views of the push buffer, by name: what is written here is pushed without a copy. Yours until `push`."""
+        self._require_layout()
+        return self._gradients
+
+    @property
+    def parameters(self) -> dict[str, np.ndarray]:
+        """Views of the parameters as last pulled. Under BSP on one machine they are other arrays after each step."""
+        self._require_layout()
+        return self.sides[self.side]
+
+    def push(
+        self,
+        gradients: Mapping[str, np.ndarray] | None = None,
+        *,
+        weight: float = 1.0,
+        scalars: Mapping[str, float] | Sequence[Mapping[str, float]] | None = None,
+    ) -> None:
+        """Push gradients by name and let them count; returns at once, `wait` tells when they do.
+
+        gradients: arrays of the registered shapes and dtypes, copied; a name left out has no gradient. None: all of what stands
+        in `self.gradients`. weight: this push's share in the mean, such as its number of samples; 0 only closes the clock.
+        scalars: the learning rate and others that change by the step; those left out stay as they were last.
+        """
+        self._push(gradients, weight, scalars, pull=False)
+
+    def _push(
+        self,
+        gradients: Mapping[str, np.ndarray] | None,
+        weight: float,
+        scalars: Mapping[str, float] | Sequence[Mapping[str, float]] | None,
+        *,
+        pull: bool,
+    ) -> None:
+        layout = self._require_layout()
+        absent = b""
+        if gradients is not None:
+            self._copy_in(gradients)
+            absent = pack_absent([spec.name not in gradients for spec in layout.specs])
+        self.push_sealed(weight=weight, scalars=self._rows(scalars), absent=absent, pull=pull)
+
+    def push_sealed(
+        self, *, weight: float, scalars: Sequence[tuple[float, ...]], absent: bytes = b"", pull: bool = False
+    ) -> None:
+        """Push what stands in the push buffer; what adapters use. pull: `wait` also brings the new parameters."""
+        self._require_layout()
+        if self._is_pending:
+            self.wait()
+        self._sequence += 1
+        push, seal = Push(self._sequence), Seal(self._sequence, weight, tuple(scalars), absent)
+        first = self._links[0]
+        buffer = self._arenas[0]
+        if self._is_pipelined:
+            self._control.hold(push, None if first.shares else memoryview(buffer[first.byte]))
+            self._control.hold(seal)
+            if pull and not self._reads_in_place:
+                self._control.hold(Pull(own=first.shares))
+            self._control.flush()
+        else:
+            for link in self._links:
+                link.connection.send(
+                    Push(self._sequence, ack=True), None if link.shares else memoryview(buffer[link.byte])
+                )
+            for link in self._links:
+                self._receive_from(link.connection, Done)
+            self._control.send(seal)
+        self._is_pending, self._wants_pull = True, pull
+
+    @property
+    def _is_pipelined(self) -> bool:
+        """Push, seal and pull go to the same server on one connection: nothing needs to be waited for in between."""
+        return len(self._links) == 1 and self._links[0].connection is self._control
+
+    @property
+    def _reads_in_place(self) -> bool:
+        return len(self.sides) == 2
+
+    def wait(self) -> int:
+        """Wait until the last push counts and this worker may go on; returns the commit that holds it.
+
+        Raises NonFiniteError or DisagreementError where the push was refused: the clock is closed all the same, and the
+        session goes on.
+        """
+        self._require_layout()
+        if not self._is_pending:
+            return self.clock
+        self._is_pending = False
+        refused: UsageError | None = None
+        committed: Committed | None = None
+        try:
+            committed = self._receive(Committed)
+        except UsageError as error:
+            refused = error  # the pull that was sent along is answered all the same
+        except HeadwaterError:
+            self.close()
+            raise
+        if self._wants_pull and (committed is not None or self._is_pipelined):
+            self._finish_pull(asked=self._is_pipelined)
+        if committed is None:
+            raise refused or ProtocolError("Expected an answer to a push.")
+        self.clock, self.staleness, self.accepted = committed.clock, committed.staleness, committed.accepted
+        self._flip(committed.side)
+        if committed.refused is not None:
+            raise committed.refused.exception()
+        return committed.commit
+
+    def step(
+        self,
+        gradients: Mapping[str, np.ndarray] | None = None,
+        *,
+        weight: float = 1.0,
+        scalars: Mapping[str, float] | Sequence[Mapping[str, float]] | None = None,
+    ) -> int:
+        """Push, wait, and pull into `self.parameters`; returns the commit. Arguments and errors as of `push` and `wait`."""
+        self._push(gradients, weight, scalars, pull=True)
+        return self.wait()
+
+    def pull(self, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """Return copies of the parameters as they are now on the servers; names: only these."""
+        self.pull_parameters()
+        found = self.parameters
+        unknown = [name for name in names or () if name not in found]
+        if unknown:
+            raise LayoutError(f"Expected names that are registered, got {unknown[0]!r}.")
+        return {name: found[name].copy() for name in (found if names is None else names)}
+
+    def pull_parameters(self) -> None:
+        """Bring `self.parameters` up to date."""
+        self._require_layout()
+        if self._is_pending:
+            self.wait()
+        if self._reads_in_place:
+            self._flip(self.side)
+        else:
+            self._finish_pull(asked=False)
+
+    def _finish_pull(self, *, asked: bool) -> None:
+        if self._reads_in_place:
+            return
+        target = self._arenas[1]
+        if not asked:
+            for link in self._links:
+                link.connection.send(Pull(own=link.shares))
+        for link in self._links:
+            view = memoryview(target[link.byte])
+            self._receive_from(link.connection, Pulled, view)
+
+    def _flip(self, side: int) -> None:
+        """Turn to the side that is now the state; what this process wrote there by mistake is undone."""
+        if self._reads_in_place:
+            self._private[side].discard_private()
+            self.side = side
+
+    def _copy_in(self, gradients: Mapping[str, np.ndarray]) -> None:
+        for name, array in gradients.items():
+            view = self._gradients.get(name)
+            if view is None:
+                raise LayoutError(
+                    f"Expected a gradient for a registered name, got {name!r}: registered are {_few(self._gradients)}."
+                )
+            if array.shape != view.shape or array.dtype != view.dtype:
+                raise LayoutError(
+                    f"Expected a gradient of {view.dtype} {view.shape}, got {array.dtype} {array.shape} — tensor {name!r}, "
+                    f"push {self._sequence + 1}."
+                )
+        for name, array in gradients.items():
+            self._gradients[name][...] = array
+
+    def _rows(self, scalars: Mapping[str, float] | Sequence[Mapping[str, float]] | None) -> list[tuple[float, ...]]:
+        if scalars is None:
+            return self._scalars
+        assert self._optimizer is not None
+        names = list(self._optimizer.scalars())
+        changes = [scalars] * len(self._scalars) if isinstance(scalars, Mapping) else list(scalars)
+        if len(changes) != len(self._scalars) or any(name not in names for change in changes for name in change):
+            raise SettingError(f"Expected {', '.join(names)} for {len(self._scalars)} parameter groups, got {scalars}.")
+        self._scalars = [
+            tuple(change.get(name, old) for name, old in zip(names, row, strict=True))
+            for change, row in zip(changes, self._scalars, strict=True)
+        ]
+        return self._scalars
+
+    # The job.
+
+    def shard(self, dataset: Sized) -> Portion:
+        """Return this worker's part of a dataset with `len()` and indexing: items index, index + workers, …
+
+        Nothing is read to be discarded, and the part can be pickled into DataLoader workers.
+        """
+        return Portion(dataset, self.index, self.workers)
+
+    def report(self, **figures: float) -> None:
+        """Show figures, such as loss=2.3, in the job's display and statistics. Costs no round trip."""
+        self._require_open()
+        self._control.hold(Report({name: float(value) for name, value in figures.items()}))
+        if not self._is_pending:
+            self._control.flush()
+
+    def stats(self) -> Stats:
+        """Return the job at a glance: commits, bytes, and each worker's clock, staleness and figures."""
+        return self._ask(StatsGet(), Stats)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Save parameters, optimizer state, clock and job state as a directory that `load` reads.
+
+        `model.safetensors` holds the parameters under their names. Written aside and renamed when whole: a failure leaves what was
+        there before.
+        """
+        with self._held() as held:
+            checkpoint = self._read(held)
+        checkpoint.write(Path(path))
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Let the job begin from what `save` wrote. Call it in every worker before the parameters are registered.
+
+        A job that has begun already stays as it is. Raises StorageError when the directory is missing, torn or of another model.
+        """
+        if self._layout is not None:
+            raise UsageError("Expected load() before parameters are registered: call it before the optimizer is made.")
+        self._saved = Checkpoint.open(Path(path))
+
+    def read_optimizer(self) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, int]]:
+        """Return the servers' master copy and optimizer slots, by plane and name, and each tensor's steps."""
+        with self._held() as held:
+            checkpoint = self._read(held)
+        names = [spec.name for spec in held.tensors]
+        return checkpoint.planes, dict(zip(names, checkpoint.steps, strict=True))
+
+    def write_optimizer(self, planes: Mapping[str, Mapping[str, np.ndarray]], steps: Mapping[str, int]) -> None:
+        """Replace what `read_optimizer` returns, then pull."""
+        layout = self._require_layout()
+        with self._held():
+            self._put_planes(planes)
+            self._ask(Initialised(0, tuple(steps.get(spec.name, 0) for spec in layout.specs)), Registered)
+        self.pull_parameters()
+
+    def _read(self, held: Held) -> Checkpoint:
+        """Collect every plane from every server while commits are held."""
+        if not held.tensors or held.optimizer is None:
+            raise UsageError("Expected a job with registered parameters, got one that has none yet.")
+        layout = Layout(held.tensors)
+        planes: dict[str, dict[str, np.ndarray]] = {}
+        for plane in ("master", *held.optimizer.slots):
+            planes[plane] = layout.empty_master()
+            for i in range(len(self._addresses)):
+                part = layout.part(i, len(self._addresses))
+                raw = np.empty(part.master_bytes, np.uint8)
+                connection = self._control if i == 0 else self._data_connection(i)[0]
+                connection.send(Pull(plane))
+                self._receive_from(connection, Pulled, memoryview(raw))
+                part.scatter(raw, planes[plane])
+        return Checkpoint(planes, held.steps, held.commit, dict(self._ask(StateGet(), State).items), held.optimizer)
+
+    def _put_planes(self, planes: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        for plane, arrays in planes.items():
+            for link in self._links:
+                request(link.connection, Put(plane), payload=memoryview(link.part.gather(arrays)))
+
+    @contextmanager
+    def _held(self) -> Iterator[Held]:
+        """Keep the job's commits waiting."""
+        held = self._ask(Hold(), Held)
+        try:
+            yield held
+        finally:
+            if not self._is_closed:
+                self._ask(Resume(), Done)
+
+    def close(self) -> None:
+        """Leave the job: nobody waits for this worker any more. A push that was sealed still counts."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._pid != os.getpid():
+            return
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+        try:
+            if self._layout is not None and not self._is_pending:
+                self._control.set_timeout(2.0)
+                request(self._control, Leave())
+        except (HeadwaterError, OSError):
+            pass  # the server is gone, or sees the connection end
+        for connection in self._connections():
+            connection.close()
+        if self._server is not None:
+            self._server.close()
+
+    def abandon(self) -> None:
+        """Drop this process's copies of the connections without a word; for forked children."""
+        for connection in self._connections():
+            connection.abandon()
+
+    def _connections(self) -> list[Connection]:
+        found = [self._control, self._beat, *(data for data, _ in self._data.values())]
+        return [c for c in found if c is not None]
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Session worker {self.index} of {self.workers} {self.consistency} clock={self.clock}>"
+
+    # Asking.
+
+    def _ask(self, message: AnyMessage, answer: type[_M]) -> _M:
+        self._require_open()
+        if self._is_pending:
+            self.wait()
+        self._control.send(message)
+        return self._receive(answer)
+
+    def _receive(self, answer: type[_M]) -> _M:
+        return self._receive_from(self._control, answer)[0]
+
+    def _receive_from(
+        self, connection: Connection, answer: type[_M], view: memoryview | None = None
+    ) -> tuple[_M, tuple[int, ...]]:
+        """Return the answer and the descriptors that came along; says for whom it waits, and stops at the time-out.
+
+        view: where the answer's payload goes.
+        """
+        start = time.monotonic()
+
+        def sink(message: AnyMessage, size: int) -> memoryview:
+            if view is None or size != view.nbytes:
+                raise ProtocolError(
+                    f"Expected {0 if view is None else view.nbytes} bytes with {type(message).__name__}, got {size}."
+                )
+            return view
+
+        while True:
+            message, fds = connection.receive(sink)
+            if isinstance(message, answer):
+                return message, fds
+            if isinstance(message, Failed):
+                raise message.exception()
+            if not isinstance(message, Waiting):
+                raise ProtocolError(f"Expected {answer.__name__}, got {type(message).__name__}.")
+            names = ", ".join(message.names) or "the servers"
+            if time.monotonic() - start > self._timeout_s:
+                raise WaitTimeoutError(
+                    f"Expected {answer.__name__} within {self._timeout_s:g} s, got none: waiting for {names}, "
+                    f"at clock {self.clock}. Start what is missing, or raise timeout_s in connect()."
+                )
+            _log.warning("waiting for %s, %.0f s so far", names, message.seconds)
+
+    def _require_open(self) -> None:
+        if self._pid != os.getpid():
+            raise ClosedError(
+                "Expected the session to be used in the process that made it, got a forked child: connect() there, or start "
+                "DataLoader workers that only read data."
+            )
+        if self._is_closed:
+            raise ClosedError("Expected an open session, got one that is closed.")
+
+    def _require_layout(self) -> Layout:
+        self._require_open()
+        if self._layout is None:
+            raise UsageError("Expected registered parameters, got none: call register(), or make an optimizer.")
+        return self._layout
+
+
+def connect_session(
+    address: str | None = None,
+    *,
+    consistency: Consistency | None = None,
+    workers: int | None = None,
+    transport: str | None = None,
+    token: str | None = None,
+    timeout_s: float = 600.0,
+    role: str = "worker",
+) -> Session:
+    """Connect to a job, or start one inside this process, and return this worker's session.
+
+    address: the job's first server, such as tcp://10.0.0.5:7077; default $HEADWATER_ADDRESS; with neither, a server is embedded
+    in this process and the script runs alone. consistency: `bsp()` (default), `ssp(staleness)` or `asp()`; it is the job's, so
+    leave it out where the server was told. workers: how many the job waits for at its start; default $HEADWATER_WORKERS.
+    transport: "auto" takes shared memory where it can, "shm" insists on it, "tcp" does without; default
+    $HEADWATER_TRANSPORT, or auto. token: default
+    $HEADWATER_TOKEN. timeout_s: how long any wait may last; past it a WaitTimeoutError says for whom.
+
+    Raises UnreachableError, AuthenticationError, SettingError.
+    """
+    transport = transport or os.environ.get("HEADWATER_TRANSPORT") or "auto"
+    if transport not in ("auto", "shm", "tcp"):
+        raise SettingError(f"Expected transport auto, shm or tcp, got {transport!r}.")
+    text = address or os.environ.get("HEADWATER_ADDRESS") or None
+    hello = Hello(
+        token=token if token is not None else os.environ.get("HEADWATER_TOKEN", ""),
+        role=role,
+        identity=secrets.randbits(63),
+        index=_environment_number("HEADWATER_WORKER", -1) if role == "worker" else -1,
+        workers=(_environment_number("HEADWATER_WORKERS", 0) if workers is None else workers) if text else 0,
+        consistency=consistency,
+        label=f"{socket.gethostname()}:{os.getpid()}",
+    )
+    return Session(Address.parse(text) if text else None, hello=hello, transport=transport, timeout_s=timeout_s)
+
+
+def _environment_number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    if not text.isdigit():
+        raise SettingError(f"Expected {name} to be a whole number of 0 or more, got {text!r}.")
+    return int(text)
+
+
+def _few(names: Mapping[str, Any]) -> str:
+    listed = list(names)[:5]
+    return ", ".join(map(repr, listed)) + (", …" if len(names) > len(listed) else "")
+
+
+def _close_all() -> None:
+    for session in list(_open_sessions):
+        session.close()
+
+
+def _close_in_child() -> None:
+    """A forked child must not keep the parent's connections open: its death would go unnoticed."""
+    for session in list(_open_sessions):
+        session.abandon()
+
+
+atexit.register(_close_all)
+os.register_at_fork(after_in_child=_close_in_child)

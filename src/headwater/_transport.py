@@ -1,0 +1,411 @@
+"""Connections: messages and payloads between two processes, over TCP, Unix sockets or memory.
+
+A connection is used by one thread at a time. `send` may hold small frames back while the peer's next request already
+lies in the input buffer; `receive` flushes them before it blocks. So a pipelined push, seal and pull cost one
+system call each way.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import queue
+import socket
+import struct
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+from headwater import _limits
+from headwater._errors import (
+    AddressError,
+    AuthenticationError,
+    PeerLostError,
+    ProtocolError,
+    SettingError,
+    UnreachableError,
+    WaitTimeoutError,
+)
+from headwater._messages import AnyMessage, Failed, decode, encode
+from headwater._wire import HEADER_BYTES, pack_header, unpack_header
+
+#: Given a message and the payload's size, return where the payload goes (exactly that size), or raise.
+Sink = Callable[[AnyMessage, int], memoryview]
+_READ_BYTES = 1 << 16
+_HELD_BYTES = 1 << 14
+_FDS_MAX = 8
+T = TypeVar("T")
+
+
+class Received(NamedTuple):
+    """A message that arrived; its payload, if any, lies where the sink said."""
+
+    message: AnyMessage
+    fds: tuple[int, ...] = ()  # owned by the receiver
+
+
+class Connection(Protocol):
+    """One end of a two-way stream of messages. PeerLostError closes it."""
+
+    can_share: bool  # whether file descriptors can travel, that is: both ends are on one machine
+    peer: str  # for people
+
+    def send(self, message: AnyMessage, payload: memoryview | None = None, fds: Sequence[int] = ()) -> None:
+        """Send; `payload` may be reused on return. Raises PeerLostError."""
+
+    def hold(self, message: AnyMessage, payload: memoryview | None = None) -> None:
+        """Send, or keep back what is small until the next send or receive takes it along."""
+
+    def receive(self, sink: Sink | None = None) -> Received:
+        """Wait for the next message. Raises PeerLostError, ProtocolError, WaitTimeoutError."""
+
+    def set_timeout(self, seconds: float | None) -> None:
+        """Let receive and send wait so long; None: for ever."""
+
+    def flush(self) -> None:
+        """Send what was held back."""
+
+    def abandon(self) -> None:
+        """Drop a forked child's copy; the connection goes on in the parent."""
+
+    def close(self) -> None:
+        """End the connection; a thread that waits in it gets PeerLostError. Closing twice is fine."""
+
+
+def refuse_payload(message: AnyMessage, size: int) -> memoryview:
+    """The sink of those who expect no payload."""
+    raise ProtocolError(f"Expected {type(message).__name__} without payload, got {size} bytes.")
+
+
+class SocketConnection:
+    """A connection over a connected TCP or Unix stream socket, which it owns."""
+
+    def __init__(self, sock: socket.socket, peer: str = "") -> None:
+        self._socket = sock
+        self.can_share = sock.family == socket.AF_UNIX
+        self.peer = peer or _peer_name(sock)
+        if not self.can_share:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._input = bytearray(_READ_BYTES)
+        self._start = self._stop = 0  # unread bytes of the input buffer
+        self._output = bytearray()
+        self._fds: list[int] = []
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self._socket.fileno()
+
+    def send(self, message: AnyMessage, payload: memoryview | None = None, fds: Sequence[int] = ()) -> None:
+        self._queue_frame(message, 0 if payload is None else payload.nbytes)
+        if fds:
+            self._guard(lambda: self._send_fds(fds))
+        elif payload is not None:
+            self._guard(lambda: self._send_all(payload))
+        elif self._start == self._stop:
+            self.flush()
+
+    def hold(self, message: AnyMessage, payload: memoryview | None = None) -> None:
+        size = 0 if payload is None else payload.nbytes
+        self._queue_frame(message, size)
+        if payload is not None and size > _HELD_BYTES:
+            self._guard(lambda: self._send_all(payload))
+        elif payload is not None:
+            self._output += payload
+
+    def drain(self) -> None:
+        """Stop sending, and read for a moment: else unread bytes would reset the connection and take the last answer along."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+            self.set_timeout(0.2)
+            deadline = time.monotonic() + 1.0
+            while time.monotonic() < deadline and self._socket.recv_into(self._input):
+                pass
+
+    def _queue_frame(self, message: AnyMessage, payload_bytes: int) -> None:
+        control = encode(message)
+        self._output += pack_header(len(control), payload_bytes)
+        self._output += control
+
+    def flush(self) -> None:
+        if self._output:
+            self._guard(self._send_output)
+
+    def receive(self, sink: Sink | None = None) -> Received:
+        self._need(HEADER_BYTES)
+        header = self._guard(lambda: unpack_header(self._input, self._start))
+        self._start += HEADER_BYTES
+        self._need(header.control_bytes)
+        control = memoryview(self._input)[self._start : self._start + header.control_bytes]
+        message = self._guard(lambda: decode(control))
+        control.release()
+        self._start += header.control_bytes
+        if header.payload_bytes:
+            self._guard(lambda: self._receive_payload((sink or refuse_payload)(message, header.payload_bytes)))
+        fds, self._fds = tuple(self._fds), []
+        return Received(message, fds)
+
+    def set_timeout(self, seconds: float | None) -> None:
+        # SO_RCVTIMEO rather than settimeout: the socket stays blocking and a receive stays one system call.
+        value = 0.0 if seconds is None else max(seconds, 1e-3)
+        packed = struct.pack("ll", int(value), int(value % 1 * 1e6))
+        with contextlib.suppress(OSError):
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, packed)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
+
+    def abandon(self) -> None:
+        """Close this process's descriptor only: the connection lives on in the process that forked this one."""
+        self._socket.close()
+
+    def _guard(self, step: Callable[[], T]) -> T:
+        """Translate what the socket raises; close on anything but a time-out."""
+        try:
+            return step()
+        except BlockingIOError as error:
+            raise WaitTimeoutError(f"Expected an answer from {self.peer}, got none in time.") from error
+        except (OSError, ValueError) as error:
+            if isinstance(error, (PeerLostError, ProtocolError)):
+                raise
+            self.close()
+            raise PeerLostError(f"The connection to {self.peer} ended: {error}.") from error
+        except ProtocolError:
+            raise
+
+    def _need(self, size: int) -> None:
+        """Have at least `size` unread bytes in the input buffer."""
+        if self._stop - self._start >= size:
+            return
+        self.flush()
+        if self._start == self._stop:
+            self._start = self._stop = 0
+        if self._start + size > len(self._input):
+            self._input[: self._stop - self._start] = self._input[self._start : self._stop]
+            self._start, self._stop = 0, self._stop - self._start
+            if size > len(self._input):
+                self._input.extend(bytes(size - len(self._input)))
+        while self._stop - self._start < size:
+            self._stop += self._guard(self._read_some)
+
+    def _read_some(self) -> int:
+        view = memoryview(self._input)[self._stop :]
+        if not self.can_share:
+            count = self._socket.recv_into(view)
+        else:
+            room = socket.CMSG_SPACE(_FDS_MAX * 4)
+            count, ancillary, _, _ = self._socket.recvmsg_into([view], room)
+            for level, kind, data in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    self._fds += array.array("i", data[: len(data) - len(data) % 4])
+        if count == 0:
+            self.close()
+            raise PeerLostError(f"The connection to {self.peer} ended.")
+        return count
+
+    def _receive_payload(self, target: memoryview) -> None:
+        ready = min(self._stop - self._start, target.nbytes)
+        target[:ready] = memoryview(self._input)[self._start : self._start + ready]
+        self._start += ready
+        while ready < target.nbytes:
+            count = self._socket.recv_into(target[ready:])
+            if count == 0:
+                self.close()
+                raise PeerLostError(
+                    f"The connection to {self.peer} ended after {ready} of {target.nbytes} payload bytes."
+                )
+            ready += count
+
+    def _send_output(self) -> None:
+        output, self._output = self._output, bytearray()
+        self._socket.sendall(output)
+
+    def _send_all(self, payload: memoryview) -> None:
+        output, self._output = self._output, bytearray()
+        sent = self._socket.sendmsg([output, payload])
+        if sent < len(output):
+            self._socket.sendall(output[sent:])
+            sent = len(output)
+        if sent < len(output) + payload.nbytes:
+            self._socket.sendall(payload[sent - len(output) :])
+
+    def _send_fds(self, fds: Sequence[int]) -> None:
+        output, self._output = self._output, bytearray()
+        sent = socket.send_fds(self._socket, [output], list(fds))
+        self._socket.sendall(output[sent:])
+
+
+class MemoryConnection:
+    """One end of a connection within a process. Messages are encoded all the same: nothing is shared by accident."""
+
+    can_share = True
+
+    def __init__(
+        self, inbox: queue.SimpleQueue[_Item], outbox: queue.SimpleQueue[_Item], peer: str = "this process"
+    ) -> None:
+        self._inbox, self._outbox, self.peer = inbox, outbox, peer
+        self._timeout: float | None = None
+        self._is_closed = False
+
+    def send(self, message: AnyMessage, payload: memoryview | None = None, fds: Sequence[int] = ()) -> None:
+        if self._is_closed:
+            raise PeerLostError(f"The connection to {self.peer} is closed.")
+        bulk = None if payload is None else bytes(payload)
+        self._outbox.put((encode(message), bulk, tuple(os.dup(fd) for fd in fds)))
+
+    def hold(self, message: AnyMessage, payload: memoryview | None = None) -> None:
+        self.send(message, payload)
+
+    def receive(self, sink: Sink | None = None) -> Received:
+        try:
+            item = None if self._is_closed else self._inbox.get(timeout=self._timeout)
+        except queue.Empty:
+            raise WaitTimeoutError(f"Expected an answer from {self.peer}, got none in {self._timeout} s.") from None
+        if item is None:
+            self.close()
+            raise PeerLostError(f"The connection to {self.peer} ended.")
+        control, bulk, fds = item
+        message = decode(control)
+        if bulk is not None:
+            (sink or refuse_payload)(message, len(bulk))[:] = bulk
+        return Received(message, fds)
+
+    def set_timeout(self, seconds: float | None) -> None:
+        self._timeout = seconds
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            self._outbox.put(None)
+            self._inbox.put(None)
+
+    def abandon(self) -> None:
+        """In a forked child the other end's thread does not exist."""
+        self._is_closed = True
+
+
+_Item = tuple[bytes, bytes | None, tuple[int, ...]] | None
+
+
+def memory_pair() -> tuple[MemoryConnection, MemoryConnection]:
+    """Return the two ends of a connection within this process."""
+    one: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+    two: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+    return MemoryConnection(one, two), MemoryConnection(two, one)
+
+
+class Address(NamedTuple):
+    """tcp://HOST:PORT or unix:///PATH."""
+
+    kind: str
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        if self.kind == "unix":
+            return f"unix://{self.host}"
+        return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach it."""
+        return self.kind == "unix" or self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Read an address. Raises SettingError."""
+        try:
+            parts = urlsplit(text if "://" in text else f"tcp://{text}")
+            if parts.scheme == "unix" and parts.path and not parts.netloc:
+                return cls("unix", parts.path, 0)
+            if parts.scheme == "tcp" and parts.hostname and parts.port is not None:
+                return cls("tcp", parts.hostname, parts.port)
+        except ValueError:
+            pass
+        raise SettingError(
+            f"Expected an address such as tcp://127.0.0.1:7077 or unix:///run/headwater.sock, got {text!r}."
+        )
+
+
+def listen(address: Address) -> socket.socket:
+    """Return a listening socket; a Unix one is readable and writable by its owner only. Raises AddressError."""
+    try:
+        if address.kind == "unix":
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            mask = os.umask(0o177)
+            try:
+                sock.bind(address.host)
+            finally:
+                os.umask(mask)
+            sock.listen(128)
+            return sock
+        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        return socket.create_server((address.host, address.port), family=family, backlog=128)
+    except OSError as error:
+        raise AddressError(
+            f"Cannot listen on {address}: {error.strerror or error}. Is another server running there? Port 0 takes any free one."
+        ) from error
+
+
+def connect(address: Address, timeout_s: float = _limits.CONNECT_S) -> SocketConnection:
+    """Connect, waiting for a server that is still starting. Raises UnreachableError past the time-out."""
+    deadline = time.monotonic() + timeout_s
+    pause = 0.01
+    while True:
+        sock = None
+        try:
+            if address.kind == "unix":
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                sock.connect(address.host)
+            else:
+                left = max(deadline - time.monotonic(), 0.1)
+                sock = socket.create_connection((address.host, address.port), timeout=left)
+                sock.settimeout(None)
+            return SocketConnection(sock, str(address))
+        except OSError as error:
+            if sock is not None:
+                sock.close()
+            if time.monotonic() + pause > deadline or isinstance(error, (PermissionError, socket.gaierror)):
+                raise UnreachableError(
+                    f"Expected a server at {address}, got: {error.strerror or error}, tried for {timeout_s:g} s. "
+                    "Is `headwater server` running there, and does HEADWATER_ADDRESS name it?"
+                ) from error
+        time.sleep(pause)
+        pause = min(pause * 2, 0.5)
+
+
+def check_user(sock: socket.socket) -> None:
+    """Refuse a peer on a Unix socket that belongs to another user. Raises AuthenticationError."""
+    if sock.family == socket.AF_UNIX:
+        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        _, user, _ = struct.unpack("3i", raw)
+        if user != os.geteuid():
+            raise AuthenticationError(f"Expected a peer of user {os.geteuid()}, got user {user}.")
+
+
+def request(
+    connection: Connection, message: AnyMessage, sink: Sink | None = None, payload: memoryview | None = None
+) -> Received:
+    """Send a message and return its answer. Raises the error that the peer answered with."""
+    connection.send(message, payload)
+    received = connection.receive(sink)
+    if isinstance(received.message, Failed):
+        raise received.message.exception()
+    return received
+
+
+def _peer_name(sock: socket.socket) -> str:
+    with contextlib.suppress(OSError):
+        name = sock.getpeername()
+        if isinstance(name, tuple):
+            return f"{name[0]}:{name[1]}"
+    return "a local peer"

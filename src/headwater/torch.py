@@ -1,0 +1,336 @@
+"""The PyTorch side: an optimizer whose step pushes gradients and pulls parameters.
+
+    optimizer = hw.torch.Optimizer(model, hw.optim.AdamW(lr=3e-4))
+
+The model's parameters move into the session's arena, so that a push copies only gradients and, under BSP on one machine, a
+pull copies nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from headwater import optim
+from headwater._errors import LayoutError, SettingError, UsageError
+from headwater._layout import TensorSpec
+from headwater._plan import pack_absent
+from headwater._session import Session, connect_session
+
+__all__ = ["Optimizer"]
+
+_DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+#: torch.optim class → ours. Options that only choose torch's implementation are of no concern to the servers.
+_MAPPED: dict[type[torch.optim.Optimizer], type[optim.Optimizer]] = {
+    torch.optim.SGD: optim.SGD,
+    torch.optim.Adagrad: optim.Adagrad,
+    torch.optim.RMSprop: optim.RMSprop,
+    torch.optim.Adam: optim.Adam,
+    torch.optim.AdamW: optim.AdamW,
+}
+_IMPLEMENTATION = {
+    "params",
+    "param_names",
+    "foreach",
+    "fused",
+    "capturable",
+    "initial_lr",
+    "decoupled_weight_decay",
+}
+
+
+class Optimizer(torch.optim.Optimizer):
+    """A `torch.optim.Optimizer` whose state lives on the job's servers.
+
+    model: a module, or (name, parameter) pairs; names must be the same in every worker. Frozen parameters stay out, tied ones go
+    once. optimizer: settings from `headwater.optim`, or the user's own `torch.optim` object, whose groups and options
+    are mapped, or refused by name. groups: parameter groups as `torch.optim` takes them, for settings from `headwater.optim`.
+    session: default a new one from `headwater.connect()`. where: "server", or "worker": the servers only average gradients and
+    the given `torch.optim` object, of any kind, makes the step here.
+
+    From here on parameters lie in the session's memory: `.to(dtype)` afterwards is an error at the next step, and what
+    user code writes into a parameter is undone by it. Schedulers, `zero_grad`, gradient accumulation, GradScaler work as ever.
+    `step` raises NonFiniteError where the gradient was refused; the job goes on, and so may the caller.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf instead of skipping the step
+
+    def __init__(
+        self,
+        model: torch.nn.Module | Iterable[tuple[str, torch.nn.Parameter]],
+        optimizer: optim.AnyOptimizer | torch.optim.Optimizer,
+        *,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        session: Session | None = None,
+        where: str = "server",
+    ) -> None:
+        if where not in ("server", "worker"):
+            raise SettingError(f"Expected where='server' or where='worker', got {where!r}.")
+        named = list(model.named_parameters() if isinstance(model, torch.nn.Module) else model)
+        named = [(name, p) for name, p in named if p.requires_grad]
+        self._is_open = True  # param groups may still be added
+        self.inner = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
+        self._on_worker = where == "worker"
+        if isinstance(optimizer, torch.optim.Optimizer):
+            if groups is not None:
+                raise SettingError("Expected groups in the torch.optim object, got groups= beside it: leave them out.")
+            settings = optim.Mean() if self._on_worker else _map_optimizer(optimizer)
+            super().__init__(optimizer.param_groups, optimizer.defaults)
+        else:
+            if self._on_worker:
+                raise SettingError("Expected a torch.optim object for where='worker', got settings for the servers.")
+            settings = optimizer
+            members = list(groups) if groups is not None else [{"params": [p for _, p in named]}]
+            super().__init__([dict(group) for group in members], _defaults(settings))
+        self._is_open = False
+        self.settings = settings
+        self._names = list(settings.scalars())
+        self._parameters = _ordered(named, self.param_groups)
+        self.session = connect_session() if session is None else session
+        self._register()
+
+    def _register(self) -> None:
+        """Move the parameters into the session's memory; their values are now the job's."""
+        specs = [TensorSpec(n, tuple(p.shape), _dtype(n, p), g) for n, p, g in self._parameters]
+        values = {name: _to_numpy(p.detach()) for name, p, _ in self._parameters}
+        self.session.register_specs(specs, values, self.settings)
+        names = [spec.name for spec in specs]
+        dtypes = [p.dtype for _, p, _ in self._parameters]
+        self._gradients = [_to_torch(self.session.gradients[n], d) for n, d in zip(names, dtypes, strict=True)]
+        self._sides = [
+            [_to_torch(side[n], d) for n, d in zip(names, dtypes, strict=True)] for side in self.session.sides
+        ]
+        self._bind(first=True)
+
+    def _bind(self, *, first: bool = False) -> None:
+        """Let the parameters be the session's current side."""
+        side = self._sides[self.session.side]
+        if not self._on_worker:
+            for (_, parameter, _), view in zip(self._parameters, side, strict=True):
+                parameter.data = view
+        elif first:
+            for (_, parameter, _), view in zip(self._parameters, side, strict=True):
+                parameter.data.copy_(view)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once the job knows the parameters."""
+        if not self._is_open:
+            raise UsageError(
+                "Expected all parameter groups at construction, got another: the job's layout is agreed once."
+            )
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, weight: float = 1.0) -> Any:
+        """Push the gradients, wait for the commit, pull the parameters.
+
+        closure: re-evaluates the model and returns the loss. weight: this worker's share in the mean, such as its number of samples.
+        A parameter whose grad is None is left out; one that no worker has a gradient for stays as it is. Returns the closure's loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_arena()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and bool(found_inf.item()):
+            weight = 0.0
+        absent = [p.grad is None for _, p, _ in self._parameters]
+        if all(absent):
+            weight = 0.0
+        if weight > 0:
+            self._copy_gradients(absent)
+        bits = b"" if self._on_worker or weight == 0 else pack_absent(absent)
+        self.session.push_sealed(weight=weight, scalars=self._rows(), absent=bits, pull=True)
+        try:
+            self.session.wait()
+        finally:
+            self._bind()
+        if self._on_worker and self.session.accepted:
+            self._step_here(absent)
+        if self.inner is not None:
+            self.inner._opt_called = True  # type: ignore[attr-defined]  # for schedulers made around the inner one
+        return loss
+
+    def _copy_gradients(self, absent: Sequence[bool]) -> None:
+        scale = getattr(self, "grad_scale", None)
+        targets, sources = [], []
+        for (_, parameter, _), view, missing in zip(self._parameters, self._gradients, absent, strict=True):
+            grad = parameter.grad
+            if missing or grad is None:
+                if self._on_worker:
+                    view.zero_()
+                continue
+            if grad.is_sparse:
+                grad = grad.to_dense()
+            targets.append(view)
+            sources.append(grad)
+        if scale is not None:
+            sources = list(torch._foreach_div(sources, float(scale)))
+        torch._foreach_copy_(targets, sources)
+
+    def _step_here(self, absent: Sequence[bool]) -> None:
+        """where="worker": make the user's own step from the mean gradient."""
+        assert self.inner is not None
+        side = self._sides[self.session.side]
+        for (_, parameter, _), mean, missing in zip(self._parameters, side, absent, strict=True):
+            # Nobody had a gradient where the mean of all is nothing but zeros: untouched, as in one process.
+            parameter.grad = None if missing and not mean.any() else mean.clone()
+        self.inner.step()
+
+    def _check_arena(self) -> None:
+        if self._on_worker:
+            return
+        for (name, parameter, _), view in zip(self._parameters, self._sides[self.session.side], strict=True):
+            if parameter.data_ptr() != view.data_ptr() or parameter.dtype != view.dtype:
+                raise LayoutError(
+                    f"Expected parameter {name!r} in the session's memory as {view.dtype}, got it elsewhere as {parameter.dtype}: "
+                    "move or convert the model before the optimizer is made."
+                )
+
+    def _rows(self) -> list[tuple[float, ...]]:
+        if self._on_worker:
+            return [()] * len(self.param_groups)
+        return [tuple(_scalar(group, name) for name in self._names) for group in self.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return state and groups in torch's own form; the state is fetched from the servers.
+
+        Low-precision parameters come with their float32 "master".
+        """
+        if self.inner is not None and self._on_worker:
+            return self.inner.state_dict()
+        planes, steps = self.session.read_optimizer()
+        for name, parameter, _ in self._parameters:
+            if steps[name] == 0:
+                continue
+            state: dict[str, Any] = {"step": torch.tensor(float(steps[name]))}
+            keep_master = _DTYPES[parameter.dtype] not in ("float32", "float64")
+            for plane, arrays in planes.items():
+                if plane != "master" or keep_master:
+                    state[plane] = torch.from_numpy(arrays[name])
+            self.state[parameter] = state
+        try:
+            return super().state_dict()
+        finally:
+            self.state.clear()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take state and groups as `state_dict` returned them, here or from the mapped torch optimizer, to the servers.
+
+        The parameters' present values go along, so load the model's first. Every worker may do it, all with the same values.
+        """
+        if self.inner is not None and self._on_worker:
+            self.inner.load_state_dict(state_dict)
+            return
+        super().load_state_dict(state_dict)
+        self.state.clear()
+        order = [p for group in self.param_groups for p in group["params"]]
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        saved = {p: state_dict["state"].get(i, {}) for p, i in zip(order, ids, strict=True)}
+        steps, planes = {}, {plane: {} for plane in ("master", *self.settings.slots)}  # type: ignore[var-annotated]
+        for name, parameter, _ in self._parameters:
+            state = saved[parameter]
+            steps[name] = int(state.get("step", 1 if state else 0))
+            master = np.float64 if parameter.dtype == torch.float64 else np.float32
+            value = state.get("master", parameter.detach())
+            planes["master"][name] = value.to(dtype=torch.from_numpy(np.zeros(0, master)).dtype).cpu().numpy().copy()
+            for slot in self.settings.slots:
+                held = state.get(slot)
+                planes[slot][name] = (
+                    np.full(tuple(parameter.shape), self.settings.initial(slot), master)
+                    if held is None
+                    else held.detach().cpu().numpy().astype(master)
+                )
+        self.session.write_optimizer(planes, steps)
+        self._bind()
+
+
+def _ordered(
+    named: Sequence[tuple[str, torch.nn.Parameter]], groups: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, torch.nn.Parameter, int]]:
+    """Return (name, parameter, group) in the model's order; each parameter must be in one group."""
+    group_of = {p: g for g, group in enumerate(groups) for p in group["params"] if p.requires_grad}
+    known = {p for _, p in named}
+    if any(p not in known for p in group_of):
+        raise LayoutError(
+            "Expected the optimizer's parameters to be the model's, got one that is not: pass the same model."
+        )
+    found = [(name, p, group_of[p]) for name, p in named if p in group_of]
+    if not found:
+        raise LayoutError("Expected at least one parameter that requires a gradient, got none.")
+    used = sorted({g for _, _, g in found})
+    if used != list(range(len(groups))):
+        raise LayoutError("Expected a trainable parameter in every group, got an empty group: leave it out.")
+    return found
+
+
+def _defaults(settings: optim.AnyOptimizer) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in settings.__struct_fields__ if name != "clip_norm"}
+
+
+def _scalar(group: Mapping[str, Any], name: str) -> float:
+    value = group["betas"][int(name[-1]) - 1] if name in ("beta1", "beta2") else group[name]
+    return float(value)
+
+
+def _map_optimizer(inner: torch.optim.Optimizer) -> optim.AnyOptimizer:
+    """Return the server's settings for a torch.optim object. Raises SettingError naming what cannot be mapped."""
+    kind = _MAPPED.get(type(inner))
+    if kind is None:
+        known = ", ".join(k.__name__ for k in _MAPPED)
+        raise SettingError(
+            f"Expected one of torch.optim's {known}, got {type(inner).__name__}: use where='worker' for any optimizer."
+        )
+    if inner.state:
+        raise SettingError(
+            "Expected a torch.optim object that has made no step, got one with state: load_state_dict() it instead."
+        )
+    found = [_options(kind, group) for group in inner.param_groups]
+    first = kind(**found[0])
+    for options in found[1:]:
+        if kind(**options).structure() != first.structure():
+            raise SettingError(f"Expected options that shape the state to be the same in all groups, got {found}.")
+    return first  # type: ignore[return-value]
+
+
+def _options(kind: type[optim.Optimizer], group: Mapping[str, Any]) -> dict[str, Any]:
+    options = {}
+    decoupled = group.get("decoupled_weight_decay", kind is optim.AdamW)
+    if bool(decoupled) != (kind is optim.AdamW):
+        raise SettingError("Expected decoupled_weight_decay as the class has it, got the other: use torch.optim.AdamW.")
+    for name, value in group.items():
+        if name in kind.__struct_fields__:
+            options[name] = value.item() if isinstance(value, torch.Tensor) else value
+        elif name not in _IMPLEMENTATION and value:
+            raise SettingError(f"Expected options that servers know, got {name}={value!r}: use where='worker'.")
+    return options
+
+
+def _dtype(name: str, parameter: torch.nn.Parameter) -> str:
+    if parameter.device.type != "cpu":
+        raise LayoutError(f"Expected parameters on the CPU, got {name!r} on {parameter.device}.")
+    if parameter.dtype not in _DTYPES:
+        raise LayoutError(
+            f"Expected float32, float64, bfloat16 or float16, got {parameter.dtype} — parameter {name!r}."
+        )
+    return _DTYPES[parameter.dtype]
+
+
+def _to_torch(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if dtype == torch.bfloat16 else tensor
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
