@@ -67,7 +67,7 @@ class Plan(NamedTuple):
 
         present: bool (pushes, tensors). Returns the plan, the cells, each cell's cohort and bool (cells, pushes).
         """
-        touched = present.any(axis=0)
+        touched: np.ndarray = present.any(axis=0)
         cohort_of, cohorts = self.cohort_of.copy(), list(self.cohorts)
         for cohort in range(len(cohorts)):
             mine = cohort_of == cohort
