@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -179,7 +179,7 @@ class LocalJob:
 
 def run_job(job: LocalJob, *, save: Path | None = None) -> int:
     """Run a job to its end and return its exit status; Ctrl+C or SIGTERM saves first where a path is given."""
-    with _terminate_as_interrupt(), job:
+    with terminate_as_interrupt(), job:
         try:
             status = job.wait()
         except KeyboardInterrupt:
@@ -205,7 +205,7 @@ def save_job(job: LocalJob, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt():  # type: ignore[no-untyped-def]
+def terminate_as_interrupt() -> Iterator[None]:
     """Let SIGTERM end the job as Ctrl+C does."""
     if threading.current_thread() is not threading.main_thread():
         yield

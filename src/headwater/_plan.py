@@ -67,10 +67,10 @@ class Plan(NamedTuple):
 
         present: bool (pushes, tensors). Returns the plan, the cells, each cell's cohort and bool (cells, pushes).
         """
-        touched: np.ndarray = present.any(axis=0)
+        touched = np.asarray(present.any(axis=0))
         cohort_of, cohorts = self.cohort_of.copy(), list(self.cohorts)
         for cohort in range(len(cohorts)):
-            mine = cohort_of == cohort
+            mine = np.equal(cohort_of, cohort)
             if touched[mine].any() and not touched[mine].all():
                 cohort_of[mine & touched] = len(cohorts)
                 cohorts.append(cohorts[cohort])
