@@ -81,6 +81,39 @@ def run(
 
 
 @main.command()
+@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Train on this UTF-8 file.")
+@click.option(
+    "--minutes", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True), help="How long to train."
+)
+@click.option("--resume", is_flag=True, help="Go on from where the last demo stopped.")
+@click.option("-n", "--workers", default=2, show_default=True, type=click.IntRange(1), help="Worker processes.")
+@click.option("-s", "--servers", default=1, show_default=True, type=click.IntRange(1), help="Server processes.")
+@click.option(
+    "--consistency",
+    default="bsp",
+    show_default=True,
+    metavar="bsp|ssp:S|asp",
+    help="How closely workers keep together.",
+)
+@click.option(
+    "--folder", default="headwater-demo", show_default=True, type=click.Path(path_type=Path), help="For the result."
+)
+def demo(
+    text: Path | None, minutes: float, resume: bool, workers: int, servers: int, consistency: str, folder: Path
+) -> None:
+    """Train a small GPT on real text with local workers, watch it, and read what it writes."""
+    from headwater._consistency import Consistency
+    from headwater._demo import run_demo
+
+    Consistency.parse(consistency)
+    sys.exit(
+        run_demo(
+            folder, text=text, minutes=minutes, resume=resume, workers=workers, servers=servers, consistency=consistency
+        )
+    )
+
+
+@main.command()
 @click.option(
     "--listen",
     default="tcp://127.0.0.1:7077",
