@@ -232,7 +232,8 @@ bool aggregate(const Commit& commit, const double* coefficients, int64_t at, int
 
 // ---- stage 2: the optimizers ---------------------------------------------------------------------------------
 // The formulas are those of torch.optim; s holds the scalars that optim.py prepared in float64.
-// from: master plane, then slots. to: the same planes in the staging area, never the same memory as `from`.
+// from: master plane, then slots. to: the same planes in the staging area, never the same memory as `from`; GCC does not
+// take local restrict pointers at their word and gives up vectorising after ten pairs, hence the pragmas.
 
 template <class T>
 struct Planes {
@@ -240,9 +241,10 @@ struct Planes {
   T* to[kPlanesMax];
 };
 
-// from + weight·(to − from), in the two forms that torch.lerp has, so that weight 1 gives `to` exactly.
-template <class T>
-inline T lerp(T from, T to, T weight, bool near) {
+// from + weight·(to − from), in the two forms that torch.lerp has (near: weight < ½), so that weight 1 gives `to` exactly.
+// A template argument, for a choice inside the loop would keep it from being vectorised.
+template <bool near, class T>
+inline T lerp(T from, T to, T weight) {
   return near ? from + weight * (to - from) : to - (to - from) * (T(1) - weight);
 }
 
@@ -258,6 +260,7 @@ void step_sgd(const T* s, const T* __restrict g, const Planes<T>& planes, int64_
   const T* __restrict buf = planes.from[1];
   T* __restrict p2 = planes.to[0];
   T* __restrict buf2 = planes.to[1];
+#pragma GCC ivdep
   for (int64_t i = 0; i < n; i++) {
     T d = g[i] + decay * p[i];
     if (momentum) {
@@ -276,6 +279,7 @@ void step_adagrad(const T* s, const T* __restrict g, const Planes<T>& planes, in
   const T* __restrict sum = planes.from[1];
   T* __restrict p2 = planes.to[0];
   T* __restrict sum2 = planes.to[1];
+#pragma GCC ivdep
   for (int64_t i = 0; i < n; i++) {
     const T d = g[i] + decay * p[i];
     const T v = sum[i] + d * d;
@@ -284,10 +288,9 @@ void step_adagrad(const T* s, const T* __restrict g, const Planes<T>& planes, in
   }
 }
 
-template <class T, bool momentum, bool centered>
-void step_rmsprop(const T* s, const T* __restrict g, const Planes<T>& planes, int64_t n) {
+template <class T, bool momentum, bool centered, bool near>
+void rmsprop(const T* s, const T* __restrict g, const Planes<T>& planes, int64_t n) {
   const T lr = s[0], decay = s[1], alpha = s[2], fresh = s[3], eps = s[4], mu = s[5];
-  const bool near = fresh < T(0.5);
   const T* __restrict p = planes.from[0];
   const T* __restrict square = planes.from[1];
   const T* __restrict mean = planes.from[2];  // only when centered
@@ -296,13 +299,14 @@ void step_rmsprop(const T* s, const T* __restrict g, const Planes<T>& planes, in
   T* __restrict square2 = planes.to[1];
   T* __restrict mean2 = planes.to[2];
   T* __restrict buf2 = planes.to[centered ? 3 : 2];
+#pragma GCC ivdep
   for (int64_t i = 0; i < n; i++) {
     const T d = g[i] + decay * p[i];
     const T v = alpha * square[i] + fresh * d * d;
     square2[i] = v;
     T spread = v;
     if (centered) {
-      const T m = lerp(mean[i], d, fresh, near);
+      const T m = lerp<near>(mean[i], d, fresh);
       mean2[i] = m;
       spread = v - m * m;
     }
@@ -317,11 +321,16 @@ void step_rmsprop(const T* s, const T* __restrict g, const Planes<T>& planes, in
   }
 }
 
-template <class T, bool amsgrad, bool decoupled>
-void step_adam(const T* s, const T* __restrict g, const Planes<T>& planes, int64_t n) {
+template <class T, bool momentum, bool centered>
+void step_rmsprop(const T* s, const T* __restrict g, const Planes<T>& planes, int64_t n) {
+  if (s[3] < T(0.5)) rmsprop<T, momentum, centered, true>(s, g, planes, n);
+  else rmsprop<T, momentum, centered, false>(s, g, planes, n);
+}
+
+template <class T, bool amsgrad, bool decoupled, bool near>
+void adam(const T* s, const T* __restrict g, const Planes<T>& planes, int64_t n) {
   // decay: of the gradient (adam) or what is kept of the parameter, 1 − lr·weight decay (adamw)
   const T step_size = s[0], decay = s[1], fresh1 = s[2], beta2 = s[3], fresh2 = s[4], correction = s[5], eps = s[6];
-  const bool near = fresh1 < T(0.5);
   const T* __restrict p = planes.from[0];
   const T* __restrict mean = planes.from[1];
   const T* __restrict square = planes.from[2];
@@ -330,10 +339,11 @@ void step_adam(const T* s, const T* __restrict g, const Planes<T>& planes, int64
   T* __restrict mean2 = planes.to[1];
   T* __restrict square2 = planes.to[2];
   T* __restrict largest2 = planes.to[3];
+#pragma GCC ivdep
   for (int64_t i = 0; i < n; i++) {
     const T x = decoupled ? p[i] * decay : p[i];
     const T d = decoupled ? g[i] : g[i] + decay * x;
-    const T m = lerp(mean[i], d, fresh1, near);
+    const T m = lerp<near>(mean[i], d, fresh1);
     mean2[i] = m;
     T v = beta2 * square[i] + fresh2 * d * d;
     square2[i] = v;
@@ -343,6 +353,12 @@ void step_adam(const T* s, const T* __restrict g, const Planes<T>& planes, int64
     }
     p2[i] = x - step_size * m / (root(v) / correction + eps);
   }
+}
+
+template <class T, bool amsgrad, bool decoupled>
+void step_adam(const T* s, const T* __restrict g, const Planes<T>& planes, int64_t n) {
+  if (s[2] < T(0.5)) adam<T, amsgrad, decoupled, true>(s, g, planes, n);
+  else adam<T, amsgrad, decoupled, false>(s, g, planes, n);
 }
 
 template <class T>
@@ -455,8 +471,9 @@ bool apply_run(const Pass& pass, int64_t index, const Run& run, int64_t start, i
       planes.from[i] = static_cast<const T*>(plane) + at;
     }
     step(scalars, gradient, planes, n);
+    const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
     for (int i = 0; i < count; i++) {
-      put(static_cast<T*>(pass.target[i + narrow]) + at, staging[i], n * static_cast<int64_t>(sizeof(T)), pass.streamed);
+      put(static_cast<T*>(pass.target[i + narrow]) + at, staging[i], bytes, pass.streamed);
     }
     if constexpr (W::kNarrow) {
       narrow_all<W>(wire, staging[0], n);
