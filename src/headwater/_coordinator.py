@@ -105,6 +105,7 @@ class Coordinator:
         self._is_busy = False
         self._holder: tuple[int, float] | None = None
         self._failure: HeadwaterError | None = None
+        self._checked: tuple[tuple[float, ...], ...] | None = None  # scalars found valid last
         self._refused = 0
         self._start_s = time.monotonic()
         self.state: dict[str, bytes] = {}
@@ -321,6 +322,12 @@ class Coordinator:
             raise ProtocolError("Expected parameters to be registered before a push.")
         if not (math.isfinite(seal.weight) and seal.weight >= 0):
             raise SettingError(f"Expected a weight of 0 or more, got {seal.weight}.")
+        if seal.absent and len(seal.absent) != -(-len(self._layout.specs) // 8):
+            raise LayoutError(
+                f"Expected one bit per tensor, got {len(seal.absent)} bytes for {len(self._layout.specs)} tensors."
+            )
+        if seal.scalars == self._checked:
+            return
         names = tuple(self._optimizer.scalars())
         if len(seal.scalars) != self._layout.groups or any(len(row) != len(names) for row in seal.scalars):
             raise LayoutError(
@@ -328,10 +335,7 @@ class Coordinator:
             )
         for row in seal.scalars:
             self._optimizer.check(dict(zip(names, row, strict=True)))
-        if seal.absent and len(seal.absent) != -(-len(self._layout.specs) // 8):
-            raise LayoutError(
-                f"Expected one bit per tensor, got {len(seal.absent)} bytes for {len(self._layout.specs)} tensors."
-            )
+        self._checked = seal.scalars
 
     def _drain(self, worker: Worker | None = None, sequence: int = -1) -> None:
         """Execute queued commits; with a worker, only until its own push is answered: then another thread's turn comes."""

@@ -13,6 +13,7 @@ Under BSP workers read the current side where it lies; the other side is written
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -39,10 +40,13 @@ from headwater.optim import AnyOptimizer
 class _Worker:
     """What one worker shares with this server."""
 
-    def __init__(self, inbox: np.ndarray, shared: list[SharedBuffer], outbox: np.ndarray | None) -> None:
+    def __init__(
+        self, part: Part, inbox: np.ndarray, shared: Sequence[SharedBuffer] = (), outbox: np.ndarray | None = None
+    ) -> None:
         self.inbox = inbox  # uint8: its gradients, in the wire dtypes
         self.shared = shared
         self.outbox = outbox  # uint8: where its pulls go outside BSP; None: they travel
+        self.contributions = [inbox[s.byte : s.byte + s.wire_bytes] for s in part.slices]
         self.sequence = -1  # of the push that lies in the inbox
 
 
@@ -80,7 +84,7 @@ class Shard:
         self.layout: Layout | None = None
         self._workers: dict[int, _Worker] = {}
         self._prepared = False
-        self._runs: dict[tuple[int, bytes], np.ndarray] = {}
+        self._tables: dict[tuple[int, bytes, bytes], tuple[np.ndarray, np.ndarray]] = {}  # runs and coefficients
 
     # What the coordinator says.
 
@@ -108,7 +112,7 @@ class Shard:
         self.consistency: Consistency = request.consistency
         self._sides = [_Side(self.part, self.optimizer) for _ in range(2)]
         self._planes = [[side.kernel_planes(i, s) for i, s in enumerate(self.part.slices)] for side in self._sides]
-        self._runs.clear()
+        self._tables.clear()
         return Done()
 
     def _prepare(self, request: Prepare) -> Prepared:
@@ -149,21 +153,21 @@ class Shard:
         self, spec: CommitSpec, i: int, s: Slice
     ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray]:
         """Return (runs, scalars, contributions, coefficients) as `_kernels.apply` takes them."""
-        key = (i, spec.cells)
-        table = self._runs.get(key)
-        if table is None:
-            if len(self._runs) > 256:
-                self._runs.clear()
-            table = self._runs[key] = runs(s, np.frombuffer(spec.cells, np.int32))
+        key = (i, spec.cells, spec.coefficients)
+        found = self._tables.get(key)
+        if found is None:
+            if len(self._tables) > 256:
+                self._tables.clear()
+            table = runs(s, np.frombuffer(spec.cells, np.int32))
+            shares = np.frombuffer(spec.coefficients).reshape(-1, len(spec.pushes))
+            found = self._tables[key] = (table, np.ascontiguousarray(shares[table[:, 2]]))
         contributions = []
         for identity, sequence in spec.pushes:
             worker = self._workers.get(identity)
             if worker is None or worker.sequence != sequence:
                 raise InternalError(f"Expected push {sequence} of worker {identity:x} to lie here, got none.")
-            contributions.append(worker.inbox[s.byte : s.byte + s.wire_bytes])
-        coefficients = np.frombuffer(spec.coefficients).reshape(-1, len(spec.pushes))
-        scalars = np.array(spec.rows).reshape(len(spec.rows), -1)
-        return table, scalars, contributions, coefficients[table[:, 2]]
+            contributions.append(worker.contributions[i])
+        return found[0], np.array(spec.rows, ndmin=2), contributions, found[1]
 
     def _locate(self, bad: tuple[int, int, int], s: Slice) -> tuple[int, int, int, int]:
         commit, push, element = bad
@@ -179,14 +183,14 @@ class Shard:
             self._require_layout()
             size = self.part.wire_bytes
             if not share:
-                self._workers[identity] = _Worker(np.zeros(size, np.uint8), [], None)
+                self._workers[identity] = _Worker(self.part, np.zeros(size, np.uint8))
                 return []
             gradients = SharedBuffer(size, "gradients")
             if self.consistency.kind == "bsp":
-                self._workers[identity] = _Worker(gradients.array, [gradients], None)
+                self._workers[identity] = _Worker(self.part, gradients.array, [gradients])
                 return [gradients.fd, *(side.wire.fd for side in self._sides)]
             pulled = SharedBuffer(size, "pulled")
-            self._workers[identity] = _Worker(gradients.array, [gradients, pulled], pulled.array)
+            self._workers[identity] = _Worker(self.part, gradients.array, [gradients, pulled], pulled.array)
             return [gradients.fd, pulled.fd]
 
     def inbox(self, identity: int, size: int) -> memoryview:

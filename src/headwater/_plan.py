@@ -11,6 +11,7 @@ process with the larger batch computes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -42,25 +43,25 @@ class Plan(NamedTuple):
 
     def next(self, optimizer: AnyOptimizer, pushes: Sequence[PushEntry], scale: float = 1.0) -> tuple[CommitSpec, Plan]:
         """Return the commit of these pushes (one or more), its gradient multiplied by `scale`, and the plan after it."""
-        names = tuple((p.worker, p.sequence) for p in pushes)
-        total = sum(p.weight for p in pushes)
+        names = tuple([(p.worker, p.sequence) for p in pushes])
+        weights = tuple([p.weight for p in pushes])
         sign = -scale if getattr(optimizer, "maximize", False) else scale
-        shares = np.array([sign * (p.weight / total) for p in pushes])
-        if any(p.absent for p in pushes):
+        if any([p.absent for p in pushes]):
             present = np.array([~_absent(p, len(self.cohort_of)) for p in pushes])
             plan, cells, cell_cohorts, held = self._split(present)
-            coefficients = np.where(held, shares, 0.0)
+            coefficients = np.where(held, np.frombuffer(_shares(weights, sign, 1)), 0.0).tobytes()
         else:
             plan, cells, cell_cohorts = self, self.cells, list(range(len(self.cohorts)))
-            coefficients = np.tile(shares, (len(self.cohorts), 1))
+            coefficients = _shares(weights, sign, len(self.cohorts))
         cohorts = list(plan.cohorts)
         for cohort in set(cell_cohorts):
             group, steps = cohorts[cohort]
             cohorts[cohort] = (group, steps + 1)
-        scalars = [dict(zip(optimizer.scalars(), row, strict=True)) for row in pushes[0].scalars]
+        order = tuple(optimizer.scalars())
+        scalars = [dict(zip(order, row, strict=True)) for row in pushes[0].scalars]
         rows = [tuple(optimizer.row(scalars[group], steps)) for group, steps in cohorts]
-        spec = CommitSpec(names, cells, tuple(rows[c] for c in cell_cohorts), coefficients.tobytes())
-        return spec, plan._replace(cohorts=tuple(cohorts))
+        spec = CommitSpec(names, cells, tuple([rows[c] for c in cell_cohorts]), coefficients)
+        return spec, Plan(plan.cohort_of, plan.cells, tuple(cohorts))
 
     def _split(self, present: np.ndarray) -> tuple[Plan, bytes, list[int], np.ndarray]:
         """Part cohorts whose tensors are not all touched, and tell the cells apart.
@@ -82,6 +83,13 @@ class Plan(NamedTuple):
         held = np.array([np.frombuffer(pattern, bool) for _, pattern in seen]).reshape(len(seen), len(present))
         plan = Plan(cohort_of, cohort_of.tobytes(), tuple(cohorts))
         return plan, cells.tobytes(), [cohort for cohort, _ in seen], held
+
+
+@lru_cache(maxsize=64)
+def _shares(weights: tuple[float, ...], sign: float, cells: int) -> bytes:
+    """Return float64 (cells, pushes): each push's share in the mean."""
+    total = sum(weights)
+    return np.tile([sign * (weight / total) for weight in weights], (cells, 1)).tobytes()
 
 
 def pack_absent(absent: Sequence[bool]) -> bytes:
