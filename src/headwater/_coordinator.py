@@ -370,15 +370,18 @@ class Coordinator:
         refusals: dict[int, HeadwaterError] = {}
         while True:
             pushes = [[p for p in commit.pushes if p.worker not in refusals] for commit in batch]
-            specs, plan, kept = [], self._plan, [i for i, p in enumerate(pushes) if p]
+            specs, plan, kept = [], self._plan, list[int]()
             assert plan is not None
             assert self._optimizer is not None
-            for i in kept:
+            for i in [i for i, p in enumerate(pushes) if p]:
                 spec, after = plan.next(self._optimizer, pushes[i])
+                if not spec.rows:  # none of them has any gradient: nothing changes
+                    continue
                 scale = self._clip(spec)
                 if scale != 1.0:
                     spec, after = plan.next(self._optimizer, pushes[i], scale)
                 specs.append(spec)
+                kept.append(i)
                 plan = after
             if specs:
                 answers = self._ask(Prepare(batch[0].number, tuple(specs)))
