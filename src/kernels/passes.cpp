@@ -1,9 +1,10 @@
 // One pass over one block: sum of contributions, optimizer, planes written. Compiled once per SIMD level.
 //
-// Per chunk of 1024 elements, all of it in the first-level cache:
 //   stage 1   g := Σ c_i·g_i in the master dtype, from the left to the right; every g_i is checked for NaN and infinity
-//   stage 2   the optimizer, from the source planes into a staging area
-//   stage 3   the staging area into the target planes, around the cache when asked for
+//   stage 2   the optimizer, from the source planes into the target planes, around the cache when asked for
+//
+// One or two contributions in the master's own dtype need no stage 1: they are summed in registers. Otherwise a chunk of
+// 1024 elements goes through both stages at a time, the gradient staying in the first-level cache in between.
 // Only + − × ÷ and square root, never contracted or reordered, so every level and thread count gives the same bits.
 
 #include "passes.h"
@@ -13,7 +14,7 @@
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -24,9 +25,6 @@
 
 namespace headwater {
 namespace {
-
-inline float root(float x) { return __builtin_sqrtf(x); }
-inline double root(double x) { return __builtin_sqrt(x); }
 
 template <class To, class From>
 inline To bits_of(From from) {
@@ -41,6 +39,58 @@ inline T least(T a, T b) { return b < a ? b : a; }
 template <class T>
 inline T most(T a, T b) { return a < b ? b : a; }
 
+// ---- vectors ---------------------------------------------------------------------------------------------------
+// The compiler's own vector types, as wide as the level has them. The optimizers are written once, for T and for a vector of T.
+
+#if defined(__AVX512F__)
+#define HEADWATER_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define HEADWATER_VECTOR_BYTES 32
+#else
+#define HEADWATER_VECTOR_BYTES 16
+#endif
+
+typedef float Floats __attribute__((vector_size(HEADWATER_VECTOR_BYTES)));
+typedef double Doubles __attribute__((vector_size(HEADWATER_VECTOR_BYTES)));
+typedef uint32_t FloatBits __attribute__((vector_size(HEADWATER_VECTOR_BYTES)));
+typedef uint64_t DoubleBits __attribute__((vector_size(HEADWATER_VECTOR_BYTES)));
+
+inline float root(float x) { return __builtin_sqrtf(x); }
+inline double root(double x) { return __builtin_sqrt(x); }
+#if defined(__AVX512F__)
+inline Floats root(Floats x) { return _mm512_sqrt_ps(x); }
+inline Doubles root(Doubles x) { return _mm512_sqrt_pd(x); }
+inline void stream(void* target, Floats x) { _mm512_stream_ps(static_cast<float*>(target), x); }
+inline void stream(void* target, Doubles x) { _mm512_stream_pd(static_cast<double*>(target), x); }
+#elif defined(__AVX2__)
+inline Floats root(Floats x) { return _mm256_sqrt_ps(x); }
+inline Doubles root(Doubles x) { return _mm256_sqrt_pd(x); }
+inline void stream(void* target, Floats x) { _mm256_stream_ps(static_cast<float*>(target), x); }
+inline void stream(void* target, Doubles x) { _mm256_stream_pd(static_cast<double*>(target), x); }
+#elif defined(__SSE2__)
+inline Floats root(Floats x) { return _mm_sqrt_ps(x); }
+inline Doubles root(Doubles x) { return _mm_sqrt_pd(x); }
+inline void stream(void* target, Floats x) { _mm_stream_ps(static_cast<float*>(target), x); }
+inline void stream(void* target, Doubles x) { _mm_stream_pd(static_cast<double*>(target), x); }
+#else
+template <class V>
+inline V root(V x) {
+  for (unsigned i = 0; i < sizeof x / sizeof x[0]; i++) x[i] = root(x[i]);
+  return x;
+}
+template <class V>
+inline void stream(void* target, V x) { __builtin_memcpy(target, &x, sizeof x); }
+#endif
+
+template <class V>
+inline V load(const void* source) {
+  V x;
+  __builtin_memcpy(&x, source, sizeof x);
+  return x;
+}
+
+inline bool is_aligned(const void* pointer) { return (reinterpret_cast<uintptr_t>(pointer) & 63) == 0; }
+
 // ---- wire dtypes ---------------------------------------------------------------------------------------------
 // `Bits` is how an element travels. An element is NaN or infinite when its exponent is all ones, that is when
 // (bits without sign) + kExponentUnit carries into the sign's place.
@@ -48,6 +98,8 @@ inline T most(T a, T b) { return a < b ? b : a; }
 struct Float32 {
   using Bits = uint32_t;
   using Master = float;
+  using Vector = Floats;
+  using VectorBits = FloatBits;
   static constexpr Bits kSign = 0x80000000u, kExponentUnit = 0x00800000u;
   static constexpr bool kNarrow = false;
   static inline float widen(Bits b) { return bits_of<float>(b); }
@@ -56,6 +108,8 @@ struct Float32 {
 struct Float64 {
   using Bits = uint64_t;
   using Master = double;
+  using Vector = Doubles;
+  using VectorBits = DoubleBits;
   static constexpr Bits kSign = 0x8000000000000000u, kExponentUnit = 0x0010000000000000u;
   static constexpr bool kNarrow = false;
   static inline double widen(Bits b) { return bits_of<double>(b); }
@@ -64,6 +118,7 @@ struct Float64 {
 struct BFloat16 {
   using Bits = uint16_t;
   using Master = float;
+  using Vector = Floats;
   static constexpr Bits kSign = 0x8000u, kExponentUnit = 0x0080u;
   static constexpr bool kNarrow = true;
   static inline float widen(Bits b) { return bits_of<float>(static_cast<uint32_t>(b) << 16); }
@@ -78,6 +133,7 @@ struct BFloat16 {
 struct Float16 {
   using Bits = uint16_t;
   using Master = float;
+  using Vector = Floats;
   static constexpr Bits kSign = 0x8000u, kExponentUnit = 0x0400u;
   static constexpr bool kNarrow = true;
   static inline float widen(Bits b) {
@@ -230,167 +286,247 @@ bool aggregate(const Commit& commit, const double* coefficients, int64_t at, int
   return bad;
 }
 
+// What stage 2 takes the gradient from: an aggregated chunk, or one or two contributions that it sums itself.
+// `at` gives element i, or as many elements from i on as V holds.
+
+template <class W>
+struct Aggregated {
+  const typename W::Master* g;
+  template <class V>
+  V at(int64_t i) { return load<V>(g + i); }
+  bool is_bad() const { return false; }
+};
+
+// The bits of one contribution or'ed together the way `gather` does it.
+template <class W>
+struct Check {
+  typename W::Bits scalar = 0;
+  typename W::VectorBits vector = {};
+  void see(typename W::Master x) { scalar |= (bits_of<typename W::Bits>(x) & ~W::kSign) + W::kExponentUnit; }
+  void see(typename W::Vector x) { vector |= (bits_of<typename W::VectorBits>(x) & ~W::kSign) + W::kExponentUnit; }
+  bool is_bad() const {
+    typename W::Bits all = scalar;
+    for (unsigned i = 0; i < sizeof vector / sizeof scalar; i++) all |= vector[i];
+    return (all & W::kSign) != 0;
+  }
+};
+
+template <class W>
+struct One {
+  const typename W::Bits* g;
+  typename W::Master c;
+  Check<W> check = {};
+  template <class V>
+  V at(int64_t i) {
+    const V x = load<V>(g + i);
+    check.see(x);
+    return c * x;
+  }
+  bool is_bad() const { return check.is_bad(); }
+};
+
+template <class W>
+struct Two {
+  const typename W::Bits *g, *h;
+  typename W::Master c, d;
+  Check<W> check = {};
+  template <class V>
+  V at(int64_t i) {
+    const V x = load<V>(g + i), y = load<V>(h + i);
+    check.see(x);
+    check.see(y);
+    return c * x + d * y;
+  }
+  bool is_bad() const { return check.is_bad(); }
+};
+
 // ---- stage 2: the optimizers ---------------------------------------------------------------------------------
-// The formulas are those of torch.optim; s holds the scalars that optim.py prepared in float64.
-// from: master plane, then slots. to: the same planes in the staging area, never the same memory as `from`; GCC does not
-// take local restrict pointers at their word and gives up vectorising after ten pairs, hence the pragmas.
+// The formulas are those of torch.optim, the scalars those that optim.py prepared in float64. `from` and `to` are the master
+// plane and then the slots: one element of each, or a vector of elements.
+
+// from + weight·(to − from), in the two forms that torch.lerp has, so that weight 1 gives `to` exactly.
+template <class V, class T>
+inline V lerp(V from, V to, T weight) {
+  return weight < T(0.5) ? from + weight * (to - from) : to - (to - from) * (T(1) - weight);
+}
+
+template <class T>
+struct Mean {
+  static constexpr int kPlanes = 1;
+  explicit Mean(const T*) {}
+  template <class V>
+  void operator()(V g, const V*, V* to) const { to[0] = g; }
+};
+
+template <class T, bool momentum, bool nesterov>
+struct Sgd {
+  static constexpr int kPlanes = momentum ? 2 : 1;
+  const T lr, decay, mu, fresh;
+  explicit Sgd(const T* s) : lr(s[0]), decay(s[1]), mu(s[2]), fresh(s[3]) {}
+  template <class V>
+  void operator()(V g, const V* from, V* to) const {
+    V d = g + decay * from[0];
+    if constexpr (momentum) {
+      to[1] = mu * from[1] + fresh * d;
+      d = nesterov ? d + mu * to[1] : to[1];
+    }
+    to[0] = from[0] - lr * d;
+  }
+};
+
+template <class T>
+struct Adagrad {
+  static constexpr int kPlanes = 2;
+  const T lr, decay, eps;
+  explicit Adagrad(const T* s) : lr(s[0]), decay(s[1]), eps(s[2]) {}
+  template <class V>
+  void operator()(V g, const V* from, V* to) const {
+    const V d = g + decay * from[0];
+    to[1] = from[1] + d * d;
+    to[0] = from[0] - lr * d / (root(to[1]) + eps);
+  }
+};
+
+template <class T, bool momentum, bool centered>
+struct RmsProp {
+  static constexpr int kPlanes = 2 + centered + momentum;
+  const T lr, decay, alpha, fresh, eps, mu;
+  explicit RmsProp(const T* s) : lr(s[0]), decay(s[1]), alpha(s[2]), fresh(s[3]), eps(s[4]), mu(s[5]) {}
+  template <class V>
+  void operator()(V g, const V* from, V* to) const {
+    const V d = g + decay * from[0];
+    to[1] = alpha * from[1] + fresh * d * d;
+    V spread = to[1];
+    if constexpr (centered) {
+      to[2] = lerp(from[2], d, fresh);
+      spread = to[1] - to[2] * to[2];
+    }
+    const V scale = root(spread) + eps;
+    if constexpr (momentum) {
+      constexpr int buffer = kPlanes - 1;
+      to[buffer] = mu * from[buffer] + d / scale;
+      to[0] = from[0] - lr * to[buffer];
+    } else {
+      to[0] = from[0] - lr * d / scale;
+    }
+  }
+};
+
+template <class T, bool amsgrad, bool decoupled>
+struct Adam {
+  static constexpr int kPlanes = amsgrad ? 4 : 3;
+  const T step_size, decay, fresh1, beta2, fresh2, correction, eps;
+  explicit Adam(const T* s)
+      : step_size(s[0]), decay(s[1]), fresh1(s[2]), beta2(s[3]), fresh2(s[4]), correction(s[5]), eps(s[6]) {}
+  template <class V>
+  void operator()(V g, const V* from, V* to) const {
+    const V x = decoupled ? from[0] * decay : from[0];  // decoupled: what is left of the parameter
+    const V d = decoupled ? g : g + decay * x;
+    to[1] = lerp(from[1], d, fresh1);
+    to[2] = beta2 * from[2] + fresh2 * d * d;
+    V v = to[2];
+    if constexpr (amsgrad) to[3] = v = from[3] > v ? from[3] : v;
+    to[0] = x - step_size * to[1] / (root(v) / correction + eps);
+  }
+};
 
 template <class T>
 struct Planes {
   const T* from[kPlanesMax];
-  T* to[kPlanesMax];
+  T* to[kPlanesMax];  // the same memory as `from`, or memory apart
 };
 
-// from + weight·(to − from), in the two forms that torch.lerp has (near: weight < ½), so that weight 1 gives `to` exactly.
-// A template argument, for a choice inside the loop would keep it from being vectorised.
-template <bool near, class T>
-inline T lerp(T from, T to, T weight) {
-  return near ? from + weight * (to - from) : to - (to - from) * (T(1) - weight);
-}
-
-template <class T>
-void step_mean(const T*, const T* __restrict g, const Planes<T>& planes, int64_t n) {
-  std::memcpy(planes.to[0], g, static_cast<size_t>(n) * sizeof(T));
-}
-
-template <class T, bool momentum, bool nesterov>
-void step_sgd(const T* s, const T* __restrict g, const Planes<T>& planes, int64_t n) {
-  const T lr = s[0], decay = s[1], mu = s[2], fresh = s[3];
-  const T* __restrict p = planes.from[0];
-  const T* __restrict buf = planes.from[1];
-  T* __restrict p2 = planes.to[0];
-  T* __restrict buf2 = planes.to[1];
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; i++) {
-    T d = g[i] + decay * p[i];
-    if (momentum) {
-      const T b = mu * buf[i] + fresh * d;
-      buf2[i] = b;
-      d = nesterov ? d + mu * b : b;
+// Elements [i, i + lanes of V). Planes from `streamed` on are written around the cache.
+template <class V, int streamed, class T, class Step, class Source>
+inline void take(const Step& step, Source& source, const Planes<T>& planes, int64_t i) {
+  V from[Step::kPlanes], to[Step::kPlanes];
+  for (int k = 0; k < Step::kPlanes; k++) from[k] = load<V>(planes.from[k] + i);
+  step(source.template at<V>(i), from, to);
+  for (int k = 0; k < Step::kPlanes; k++) {
+    if constexpr (streamed < kPlanesMax) {
+      if (k >= streamed) {
+        stream(planes.to[k] + i, to[k]);
+        continue;
+      }
     }
-    p2[i] = p[i] - lr * d;
+    __builtin_memcpy(planes.to[k] + i, &to[k], sizeof(V));
   }
 }
 
-template <class T>
-void step_adagrad(const T* s, const T* __restrict g, const Planes<T>& planes, int64_t n) {
-  const T lr = s[0], decay = s[1], eps = s[2];
-  const T* __restrict p = planes.from[0];
-  const T* __restrict sum = planes.from[1];
-  T* __restrict p2 = planes.to[0];
-  T* __restrict sum2 = planes.to[1];
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; i++) {
-    const T d = g[i] + decay * p[i];
-    const T v = sum[i] + d * d;
-    sum2[i] = v;
-    p2[i] = p[i] - lr * d / (root(v) + eps);
+template <class W, class Step, class Source>
+bool sweep(const Step& step, Source source, const Planes<typename W::Master>& planes, int64_t n, bool streamed) {
+  using T = typename W::Master;
+  using V = typename W::Vector;
+  constexpr int64_t lanes = sizeof(V) / sizeof(T);
+  constexpr int first = W::kNarrow ? 1 : 0;  // a narrow lane's master plane is read again at once
+  for (int k = first; k < Step::kPlanes; k++) streamed = streamed && is_aligned(planes.to[k]);
+  int64_t i = 0;
+  // Whole cache lines only: half a line written around the cache costs more than it saves.
+  if (streamed) {
+    for (const int64_t limit = n - n % (64 / sizeof(T)); i < limit; i += lanes) take<V, first>(step, source, planes, i);
   }
+  for (; i + lanes <= n; i += lanes) take<V, kPlanesMax>(step, source, planes, i);
+  for (; i < n; i++) take<T, kPlanesMax>(step, source, planes, i);
+  return !source.is_bad();
 }
 
-template <class T, bool momentum, bool centered, bool near>
-void rmsprop(const T* s, const T* __restrict g, const Planes<T>& planes, int64_t n) {
-  const T lr = s[0], decay = s[1], alpha = s[2], fresh = s[3], eps = s[4], mu = s[5];
-  const T* __restrict p = planes.from[0];
-  const T* __restrict square = planes.from[1];
-  const T* __restrict mean = planes.from[2];  // only when centered
-  const T* __restrict buf = planes.from[centered ? 3 : 2];
-  T* __restrict p2 = planes.to[0];
-  T* __restrict square2 = planes.to[1];
-  T* __restrict mean2 = planes.to[2];
-  T* __restrict buf2 = planes.to[centered ? 3 : 2];
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; i++) {
-    const T d = g[i] + decay * p[i];
-    const T v = alpha * square[i] + fresh * d * d;
-    square2[i] = v;
-    T spread = v;
-    if (centered) {
-      const T m = lerp<near>(mean[i], d, fresh);
-      mean2[i] = m;
-      spread = v - m * m;
-    }
-    const T scale = root(spread) + eps;
-    if (momentum) {
-      const T b = mu * buf[i] + d / scale;
-      buf2[i] = b;
-      p2[i] = p[i] - lr * b;
-    } else {
-      p2[i] = p[i] - lr * d / scale;
+// A run's gradient as stage 2 takes it: `count` contributions, or none and an aggregated chunk.
+template <class W>
+struct Gradient {
+  int count;
+  const typename W::Bits* contributions[2];
+  typename W::Master coefficients[2];
+  const typename W::Master* aggregated;
+};
+
+// False: not finite.
+template <class W, class Step>
+bool run_step(const typename W::Master* scalars, const Gradient<W>& g, const Planes<typename W::Master>& planes, int64_t n,
+              bool streamed) {
+  const Step step(scalars);
+  if constexpr (!W::kNarrow) {
+    if (g.count == 1) return sweep<W>(step, One<W>{g.contributions[0], g.coefficients[0]}, planes, n, streamed);
+    if (g.count == 2) {
+      const Two<W> both{g.contributions[0], g.contributions[1], g.coefficients[0], g.coefficients[1]};
+      return sweep<W>(step, both, planes, n, streamed);
     }
   }
+  return sweep<W>(step, Aggregated<W>{g.aggregated}, planes, n, streamed);
 }
 
-template <class T, bool momentum, bool centered>
-void step_rmsprop(const T* s, const T* __restrict g, const Planes<T>& planes, int64_t n) {
-  if (s[3] < T(0.5)) rmsprop<T, momentum, centered, true>(s, g, planes, n);
-  else rmsprop<T, momentum, centered, false>(s, g, planes, n);
-}
+template <class W>
+using RunStep = bool (*)(const typename W::Master* scalars, const Gradient<W>& g,
+                         const Planes<typename W::Master>& planes, int64_t n, bool streamed);
 
-template <class T, bool amsgrad, bool decoupled, bool near>
-void adam(const T* s, const T* __restrict g, const Planes<T>& planes, int64_t n) {
-  // decay: of the gradient (adam) or what is kept of the parameter, 1 − lr·weight decay (adamw)
-  const T step_size = s[0], decay = s[1], fresh1 = s[2], beta2 = s[3], fresh2 = s[4], correction = s[5], eps = s[6];
-  const T* __restrict p = planes.from[0];
-  const T* __restrict mean = planes.from[1];
-  const T* __restrict square = planes.from[2];
-  const T* __restrict largest = planes.from[3];
-  T* __restrict p2 = planes.to[0];
-  T* __restrict mean2 = planes.to[1];
-  T* __restrict square2 = planes.to[2];
-  T* __restrict largest2 = planes.to[3];
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; i++) {
-    const T x = decoupled ? p[i] * decay : p[i];
-    const T d = decoupled ? g[i] : g[i] + decay * x;
-    const T m = lerp<near>(mean[i], d, fresh1);
-    mean2[i] = m;
-    T v = beta2 * square[i] + fresh2 * d * d;
-    square2[i] = v;
-    if (amsgrad) {
-      v = largest[i] > v ? largest[i] : v;
-      largest2[i] = v;
-    }
-    p2[i] = x - step_size * m / (root(v) / correction + eps);
-  }
-}
-
-template <class T, bool amsgrad, bool decoupled>
-void step_adam(const T* s, const T* __restrict g, const Planes<T>& planes, int64_t n) {
-  if (s[2] < T(0.5)) adam<T, amsgrad, decoupled, true>(s, g, planes, n);
-  else adam<T, amsgrad, decoupled, false>(s, g, planes, n);
-}
-
-template <class T>
-using Step = void (*)(const T* scalars, const T* __restrict g, const Planes<T>& planes, int64_t n);
-
-template <class T>
-Step<T> step_of(Optimizer optimizer, int flags) {
+template <class W>
+RunStep<W> step_of(Optimizer optimizer, int flags) {
+  using T = typename W::Master;
+  const bool first = flags & 1, second = flags & 2;  // kMomentum or kAmsgrad; kNesterov or kCentered
   switch (optimizer) {
     case Optimizer::sgd:
-      if (!(flags & kMomentum)) return step_sgd<T, false, false>;
-      return flags & kNesterov ? step_sgd<T, true, true> : step_sgd<T, true, false>;
+      if (!first) return run_step<W, Sgd<T, false, false>>;
+      return second ? run_step<W, Sgd<T, true, true>> : run_step<W, Sgd<T, true, false>>;
     case Optimizer::adagrad:
-      return step_adagrad<T>;
+      return run_step<W, Adagrad<T>>;
     case Optimizer::rmsprop:
-      if (flags & kMomentum) return flags & kCentered ? step_rmsprop<T, true, true> : step_rmsprop<T, true, false>;
-      return flags & kCentered ? step_rmsprop<T, false, true> : step_rmsprop<T, false, false>;
+      if (first) return second ? run_step<W, RmsProp<T, true, true>> : run_step<W, RmsProp<T, true, false>>;
+      return second ? run_step<W, RmsProp<T, false, true>> : run_step<W, RmsProp<T, false, false>>;
     case Optimizer::adam:
-      return flags & kAmsgrad ? step_adam<T, true, false> : step_adam<T, false, false>;
+      return first ? run_step<W, Adam<T, true, false>> : run_step<W, Adam<T, false, false>>;
     case Optimizer::adamw:
-      return flags & kAmsgrad ? step_adam<T, true, true> : step_adam<T, false, true>;
+      return first ? run_step<W, Adam<T, true, true>> : run_step<W, Adam<T, false, true>>;
     case Optimizer::mean:
-      return step_mean<T>;
+      return run_step<W, Mean<T>>;
   }
   return nullptr;
 }
 
-// ---- stage 3: writing ----------------------------------------------------------------------------------------
+// ---- copying -------------------------------------------------------------------------------------------------
 
 // Copies; streamed: whole cache lines go to memory directly, so the target's old bytes are never read.
 void put(void* target, const void* source, int64_t bytes, bool streamed) {
 #if defined(__SSE2__)
-  if (streamed && (reinterpret_cast<uintptr_t>(target) & 63) == 0) {
+  if (streamed && is_aligned(target)) {
     auto* to = static_cast<__m128i*>(target);
     const auto* from = static_cast<const __m128i*>(source);
     const int64_t lines = bytes / 64;
@@ -447,37 +583,56 @@ void copy_through(const Pass& pass, int64_t start, int64_t stop) {
   }
 }
 
+// The contributions that count in a run, when stage 2 can sum them itself; else count 0.
+template <class W>
+Gradient<W> directly(const Commit& commit, const double* coefficients, int64_t at) {
+  Gradient<W> found = {};
+  if constexpr (!W::kNarrow) {
+    for (int64_t i = 0; i < commit.contribution_count; i++) {
+      if (coefficients[i] == 0.0) continue;
+      if (found.count == 2) return {};
+      found.contributions[found.count] = static_cast<const typename W::Bits*>(commit.contributions[i]) + at;
+      found.coefficients[found.count++] = static_cast<typename W::Master>(coefficients[i]);
+    }
+  }
+  return found;
+}
+
 // One commit over [start, stop), all of one run. False: not finite.
 template <class W>
-bool apply_run(const Pass& pass, int64_t index, const Run& run, int64_t start, int64_t stop, Step<typename W::Master> step) {
+bool apply_run(const Pass& pass, int64_t index, const Run& run, int64_t start, int64_t stop, RunStep<W> step) {
   using T = typename W::Master;
   const Commit& commit = pass.commits[index];
-  constexpr int narrow = W::kNarrow ? 1 : 0;
-  const int count = pass.plane_count - narrow;  // master planes
   const double* coefficients = commit.coefficients + (&run - commit.runs) * commit.contribution_count;
   T scalars[kScalarsMax];
   for (int64_t i = 0; i < commit.width; i++) scalars[i] = static_cast<T>(commit.scalars[run.row * commit.width + i]);
 
   alignas(64) T gradient[kChunk];
-  alignas(64) T staging[kPlanesMax - 1][kChunk];
+  alignas(64) float master[kChunk];
   alignas(64) uint16_t wire[kChunk];
-  Planes<T> planes = {};
-  for (int i = 0; i < count; i++) planes.to[i] = staging[i];
-  for (int64_t at = start; at < stop; at += kChunk) {
-    const int64_t n = least(kChunk, stop - at);
-    if (aggregate<W>(commit, coefficients, at, n, gradient)) return false;
-    for (int i = 0; i < count; i++) {
-      const void* plane = index == 0 ? pass.source[i + narrow] : pass.target[i + narrow];
-      planes.from[i] = static_cast<const T*>(plane) + at;
+  constexpr int narrow = W::kNarrow ? 1 : 0;
+  Gradient<W> g = directly<W>(commit, coefficients, start);
+  const int64_t piece = g.count > 0 ? stop - start : kChunk;
+  for (int64_t at = start; at < stop; at += piece) {
+    const int64_t n = least(piece, stop - at);
+    if (g.count == 0) {
+      if (aggregate<W>(commit, coefficients, at, n, gradient)) return false;
+      g.aggregated = gradient;
     }
-    step(scalars, gradient, planes, n);
-    const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
-    for (int i = 0; i < count; i++) {
-      put(static_cast<T*>(pass.target[i + narrow]) + at, staging[i], bytes, pass.streamed);
+    Planes<T> planes = {};
+    for (int i = narrow; i < pass.plane_count; i++) {
+      const void* plane = index == 0 ? pass.source[i] : pass.target[i];
+      planes.from[i - narrow] = static_cast<const T*>(plane) + at;
+      planes.to[i - narrow] = static_cast<T*>(pass.target[i]) + at;
     }
-    if constexpr (W::kNarrow) {
-      narrow_all<W>(wire, staging[0], n);
+    if constexpr (W::kNarrow) {  // the master plane by way of the cache, for it is rounded to the wire plane as well
+      planes.to[0] = master;
+      step(scalars, g, planes, n, pass.streamed);
+      put(static_cast<T*>(pass.target[1]) + at, master, n * static_cast<int64_t>(sizeof(T)), pass.streamed);
+      narrow_all<W>(wire, master, n);
       put(static_cast<uint16_t*>(pass.target[0]) + at, wire, n * 2, pass.streamed);
+    } else if (!step(scalars, g, planes, n, pass.streamed)) {
+      return false;
     }
   }
   return true;
@@ -486,7 +641,7 @@ bool apply_run(const Pass& pass, int64_t index, const Run& run, int64_t start, i
 template <class W>
 bool apply_block(const Pass& pass, int64_t block) {
   const int64_t first = block * kBlock, limit = least(first + kBlock, pass.elements);
-  const Step<typename W::Master> step = step_of<typename W::Master>(pass.optimizer, pass.flags);
+  const RunStep<W> step = step_of<W>(pass.optimizer, pass.flags);
   for (int64_t index = 0; index < pass.commit_count; index++) {
     const Commit& commit = pass.commits[index];
     for (const Run* run = run_at(commit, first); run < commit.runs + commit.run_count && run->start < limit; run++) {
