@@ -46,7 +46,7 @@ class Plan(NamedTuple):
         names = tuple([(p.worker, p.sequence) for p in pushes])
         weights = tuple([p.weight for p in pushes])
         sign = -scale if getattr(optimizer, "maximize", False) else scale
-        if any([p.absent for p in pushes]):
+        if any(p.absent for p in pushes):
             present = np.array([~_absent(p, len(self.cohort_of)) for p in pushes])
             plan, cells, cell_cohorts, held = self._split(present)
             coefficients = np.where(held, np.frombuffer(_shares(weights, sign, 1)), 0.0).tobytes()

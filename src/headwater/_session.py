@@ -110,6 +110,13 @@ class _Link:
     def __init__(self, connection: Connection, part: Part, *, shares: bool) -> None:
         self.connection, self.part, self.shares = connection, part, shares
         self.byte = slice(part.start_byte, part.start_byte + part.wire_bytes)
+        self.pushed: memoryview | None = None  # payload of a push, where it travels
+        self.pulled: memoryview | None = None  # where the payload of a pull goes
+
+    def use(self, arenas: Sequence[np.ndarray]) -> None:
+        """Note the arenas for gradients and parameters."""
+        if not self.shares:
+            self.pushed, self.pulled = (memoryview(arena[self.byte]) for arena in arenas)
 
 
 class Session:
@@ -228,6 +235,8 @@ class Session:
             # BSP reads the servers' own memory: privately, so that a stray write harms nobody.
             self._private = [stack_buffers(list(s), sizes, private=len(sides) == 2) for s in sides]
             self._arenas += [arena.array[: self._layout.wire_bytes] for arena in self._private]
+        for link in self._links:
+            link.use(self._arenas)
         self._gradients = self._layout.views(self._arenas[0])
         self.sides = [self._layout.views(arena) for arena in self._arenas[1:]]
 
@@ -327,18 +336,15 @@ class Session:
         self._sequence += 1
         push, seal = Push(self._sequence), Seal(self._sequence, weight, tuple(scalars), absent)
         first = self._links[0]
-        buffer = self._arenas[0]
         if self._is_pipelined:
-            self._control.hold(push, None if first.shares else memoryview(buffer[first.byte]))
+            self._control.hold(push, first.pushed)
             self._control.hold(seal)
             if pull and not self._reads_in_place:
                 self._control.hold(Pull(own=first.shares))
             self._control.flush()
         else:
             for link in self._links:
-                link.connection.send(
-                    Push(self._sequence, ack=True), None if link.shares else memoryview(buffer[link.byte])
-                )
+                link.connection.send(Push(self._sequence, ack=True), link.pushed)
             for link in self._links:
                 self._receive_from(link.connection, Done)
             self._control.send(seal)
@@ -415,13 +421,11 @@ class Session:
     def _finish_pull(self, *, asked: bool) -> None:
         if self._reads_in_place:
             return
-        target = self._arenas[1]
         if not asked:
             for link in self._links:
                 link.connection.send(Pull(own=link.shares))
         for link in self._links:
-            view = memoryview(target[link.byte])
-            self._receive_from(link.connection, Pulled, view)
+            self._receive_from(link.connection, Pulled, link.pulled)
 
     def _flip(self, side: int) -> None:
         """Turn to the side that is now the state; what this process wrote there by mistake is undone."""
@@ -611,7 +615,7 @@ class Session:
             return view
 
         while True:
-            message, fds = connection.receive(sink)
+            message, fds = connection.receive(sink, with_fds=answer is Attached)
             if isinstance(message, answer):
                 return message, fds
             if isinstance(message, Failed):

@@ -14,8 +14,8 @@ import queue
 import socket
 import struct
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 from headwater import _limits
@@ -36,7 +36,6 @@ Sink = Callable[[AnyMessage, int], memoryview]
 _READ_BYTES = 1 << 16
 _HELD_BYTES = 1 << 14
 _FDS_MAX = 8
-T = TypeVar("T")
 
 
 class Received(NamedTuple):
@@ -58,8 +57,11 @@ class Connection(Protocol):
     def hold(self, message: AnyMessage, payload: memoryview | None = None) -> None:
         """Send, or keep back what is small until the next send or receive takes it along."""
 
-    def receive(self, sink: Sink | None = None) -> Received:
-        """Wait for the next message. Raises PeerLostError, ProtocolError, WaitTimeoutError."""
+    def receive(self, sink: Sink | None = None, *, with_fds: bool = False) -> Received:
+        """Wait for the next message. Raises PeerLostError, ProtocolError, WaitTimeoutError.
+
+        with_fds: take descriptors that come along, where `can_share`; else they are dropped.
+        """
 
     def set_timeout(self, seconds: float | None) -> None:
         """Let receive and send wait so long; None: for ever."""
@@ -98,21 +100,57 @@ class SocketConnection:
         return self._socket.fileno()
 
     def send(self, message: AnyMessage, payload: memoryview | None = None, fds: Sequence[int] = ()) -> None:
-        self._queue_frame(message, 0 if payload is None else payload.nbytes)
+        self.hold(message, payload)
         if fds:
-            self._guard(lambda: self._send_fds(fds))
-        elif payload is not None:
-            self._guard(lambda: self._send_all(payload))
-        elif self._start == self._stop:
+            with self._translated():
+                sent = socket.send_fds(self._socket, [self._output], list(fds))
+                del self._output[:sent]
+        if self._start == self._stop:
             self.flush()
 
     def hold(self, message: AnyMessage, payload: memoryview | None = None) -> None:
+        control = encode(message)
         size = 0 if payload is None else payload.nbytes
-        self._queue_frame(message, size)
-        if payload is not None and size > _HELD_BYTES:
-            self._guard(lambda: self._send_all(payload))
-        elif payload is not None:
+        self._output += pack_header(len(control), size)
+        self._output += control
+        if payload is None:
+            return
+        if size <= _HELD_BYTES:
             self._output += payload
+            return
+        with self._translated():
+            output, self._output = memoryview(self._output), bytearray()
+            sent = self._socket.sendmsg([output, payload])
+            for view in (output, payload):
+                if sent < view.nbytes:
+                    self._socket.sendall(view[sent:])
+                sent = max(sent - view.nbytes, 0)
+
+    def flush(self) -> None:
+        if not self._output:
+            return
+        try:
+            self._socket.sendall(self._output)
+        except OSError as error:
+            raise self._lost(error) from error
+        self._output.clear()
+
+    def receive(self, sink: Sink | None = None, *, with_fds: bool = False) -> Received:
+        if self._stop - self._start < HEADER_BYTES:
+            self._fill(HEADER_BYTES, with_fds)
+        control_bytes, payload_bytes = unpack_header(self._input, self._start)
+        self._start += HEADER_BYTES
+        if self._stop - self._start < control_bytes:
+            self._fill(control_bytes, with_fds)
+        stop = self._start + control_bytes
+        message = decode(memoryview(self._input)[self._start : stop])
+        self._start = stop
+        if payload_bytes:
+            self._receive_payload((sink or refuse_payload)(message, payload_bytes))
+        if not with_fds:
+            return Received(message)
+        fds, self._fds = tuple(self._fds), []
+        return Received(message, fds)
 
     def drain(self) -> None:
         """Stop sending, and read for a moment: else unread bytes would reset the connection and take the last answer along."""
@@ -122,29 +160,6 @@ class SocketConnection:
             deadline = time.monotonic() + 1.0
             while time.monotonic() < deadline and self._socket.recv_into(self._input):
                 pass
-
-    def _queue_frame(self, message: AnyMessage, payload_bytes: int) -> None:
-        control = encode(message)
-        self._output += pack_header(len(control), payload_bytes)
-        self._output += control
-
-    def flush(self) -> None:
-        if self._output:
-            self._guard(self._send_output)
-
-    def receive(self, sink: Sink | None = None) -> Received:
-        self._need(HEADER_BYTES)
-        header = self._guard(lambda: unpack_header(self._input, self._start))
-        self._start += HEADER_BYTES
-        self._need(header.control_bytes)
-        control = memoryview(self._input)[self._start : self._start + header.control_bytes]
-        message = self._guard(lambda: decode(control))
-        control.release()
-        self._start += header.control_bytes
-        if header.payload_bytes:
-            self._guard(lambda: self._receive_payload((sink or refuse_payload)(message, header.payload_bytes)))
-        fds, self._fds = tuple(self._fds), []
-        return Received(message, fds)
 
     def set_timeout(self, seconds: float | None) -> None:
         # SO_RCVTIMEO rather than settimeout: the socket stays blocking and a receive stays one system call.
@@ -165,80 +180,59 @@ class SocketConnection:
         """Close this process's descriptor only: the connection lives on in the process that forked this one."""
         self._socket.close()
 
-    def _guard(self, step: Callable[[], T]) -> T:
-        """Translate what the socket raises; close on anything but a time-out."""
+    def _fill(self, size: int, with_fds: bool) -> None:
+        """Have at least `size` unread bytes in the input buffer; what was held back is sent before this blocks."""
+        self.flush()
+        if self._start + size > len(self._input) or self._start == self._stop:
+            unread = self._input[self._start : self._stop]
+            if size > len(self._input):
+                self._input = bytearray(size)
+            self._input[: len(unread)] = unread
+            self._start, self._stop = 0, len(unread)
         try:
-            return step()
+            while self._stop - self._start < size:
+                count = self._read(memoryview(self._input)[self._stop :], with_fds)
+                if count == 0:
+                    raise self._lost(None)
+                self._stop += count
         except BlockingIOError as error:
             raise WaitTimeoutError(f"Expected an answer from {self.peer}, got none in time.") from error
-        except (OSError, ValueError) as error:
-            if isinstance(error, (PeerLostError, ProtocolError)):
-                raise
-            self.close()
-            raise PeerLostError(f"The connection to {self.peer} ended: {error}.") from error
-        except ProtocolError:
-            raise
+        except OSError as error:
+            raise self._lost(error) from error
 
-    def _need(self, size: int) -> None:
-        """Have at least `size` unread bytes in the input buffer."""
-        if self._stop - self._start >= size:
-            return
-        self.flush()
-        if self._start == self._stop:
-            self._start = self._stop = 0
-        if self._start + size > len(self._input):
-            self._input[: self._stop - self._start] = self._input[self._start : self._stop]
-            self._start, self._stop = 0, self._stop - self._start
-            if size > len(self._input):
-                self._input.extend(bytes(size - len(self._input)))
-        while self._stop - self._start < size:
-            self._stop += self._guard(self._read_some)
-
-    def _read_some(self) -> int:
-        view = memoryview(self._input)[self._stop :]
-        if not self.can_share:
-            count = self._socket.recv_into(view)
-        else:
-            room = socket.CMSG_SPACE(_FDS_MAX * 4)
-            count, ancillary, _, _ = self._socket.recvmsg_into([view], room)
-            for level, kind, data in ancillary:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    self._fds += array.array("i", data[: len(data) - len(data) % 4])
-        if count == 0:
-            self.close()
-            raise PeerLostError(f"The connection to {self.peer} ended.")
+    def _read(self, view: memoryview, with_fds: bool) -> int:
+        if not (with_fds and self.can_share):
+            return self._socket.recv_into(view)  # descriptors that nobody asked for are dropped by the kernel
+        count, ancillary, _, _ = self._socket.recvmsg_into([view], socket.CMSG_SPACE(_FDS_MAX * 4))
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                self._fds += array.array("i", data[: len(data) - len(data) % 4])
         return count
 
     def _receive_payload(self, target: memoryview) -> None:
         ready = min(self._stop - self._start, target.nbytes)
         target[:ready] = memoryview(self._input)[self._start : self._start + ready]
         self._start += ready
-        while ready < target.nbytes:
-            count = self._socket.recv_into(target[ready:])
-            if count == 0:
-                self.close()
-                raise PeerLostError(
-                    f"The connection to {self.peer} ended after {ready} of {target.nbytes} payload bytes."
-                )
-            ready += count
+        with self._translated():
+            while ready < target.nbytes:
+                count = self._socket.recv_into(target[ready:])
+                if count == 0:
+                    raise ConnectionError(f"it closed after {ready} of {target.nbytes} payload bytes")
+                ready += count
 
-    def _send_output(self) -> None:
-        output, self._output = self._output, bytearray()
-        self._socket.sendall(output)
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Half a payload cannot be made good: any error of the socket ends the connection."""
+        try:
+            yield
+        except OSError as error:
+            raise self._lost(error) from error
 
-    def _send_all(self, payload: memoryview) -> None:
-        output, self._output = self._output, bytearray()
-        sent = self._socket.sendmsg([output, payload])
-        if sent < len(output):
-            self._socket.sendall(output[sent:])
-            sent = len(output)
-        if sent < len(output) + payload.nbytes:
-            self._socket.sendall(payload[sent - len(output) :])
-
-    def _send_fds(self, fds: Sequence[int]) -> None:
-        output, self._output = self._output, bytearray()
-        sent = socket.send_fds(self._socket, [output], list(fds))
-        self._socket.sendall(output[sent:])
+    def _lost(self, error: OSError | None) -> PeerLostError:
+        if isinstance(error, PeerLostError):
+            return error
+        self.close()
+        return PeerLostError(f"The connection to {self.peer} ended{f': {error}' if error else ''}.")
 
 
 class MemoryConnection:
@@ -262,7 +256,7 @@ class MemoryConnection:
     def hold(self, message: AnyMessage, payload: memoryview | None = None) -> None:
         self.send(message, payload)
 
-    def receive(self, sink: Sink | None = None) -> Received:
+    def receive(self, sink: Sink | None = None, *, with_fds: bool = False) -> Received:
         try:
             item = None if self._is_closed else self._inbox.get(timeout=self._timeout)
         except queue.Empty:
@@ -274,6 +268,10 @@ class MemoryConnection:
         message = decode(control)
         if bulk is not None:
             (sink or refuse_payload)(message, len(bulk))[:] = bulk
+        if not with_fds:
+            for fd in fds:
+                os.close(fd)
+            return Received(message)
         return Received(message, fds)
 
     def set_timeout(self, seconds: float | None) -> None:

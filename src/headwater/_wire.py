@@ -11,7 +11,6 @@ Control and bulk bytes are told apart so that bulk bytes are never copied, parse
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
 from headwater import _limits
 from headwater._errors import ProtocolError
@@ -22,20 +21,13 @@ HEADER_BYTES = 16
 _HEADER = struct.Struct("<2sBBIQ")
 
 
-class Header(NamedTuple):
-    """Sizes of what follows."""
-
-    control_bytes: int
-    payload_bytes: int
-
-
 def pack_header(control_bytes: int, payload_bytes: int) -> bytes:
     """Return the 16 header bytes."""
     return _HEADER.pack(MAGIC, VERSION, 0, control_bytes, payload_bytes)
 
 
-def unpack_header(data: bytes | bytearray | memoryview, offset: int = 0) -> Header:
-    """Return the sizes that the 16 bytes at `offset` promise. Raises ProtocolError, before anything is allocated."""
+def unpack_header(data: bytes | bytearray | memoryview, offset: int = 0) -> tuple[int, int]:
+    """Return the control and payload sizes that the 16 bytes at `offset` promise. Raises ProtocolError, before anything is allocated."""
     magic, version, zero, control_bytes, payload_bytes = _HEADER.unpack_from(data, offset)
     if magic != MAGIC:
         raise ProtocolError(
@@ -50,4 +42,4 @@ def unpack_header(data: bytes | bytearray | memoryview, offset: int = 0) -> Head
             f"Expected a frame of at most {_limits.CONTROL_BYTES} control and {_limits.PAYLOAD_BYTES} payload bytes, "
             f"got a header promising {control_bytes} and {payload_bytes}."
         )
-    return Header(control_bytes, payload_bytes)
+    return control_bytes, payload_bytes
