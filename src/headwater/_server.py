@@ -173,11 +173,17 @@ class Server:
             self._connections.add(connection)
         threading.Thread(target=self._serve, args=(connection, check), name="serve", daemon=True).start()
 
+    def keep(self, connection: Connection) -> None:
+        """Close this connection when the server closes."""
+        with self._lock:
+            self._connections.add(connection)
+            if self._is_closed:
+                connection.close()
+
     def _enroll(self, join: Address) -> None:
         """Join a job as a further server; the coordinator then connects back to us. Its end is ours."""
         connection = connect(join)
-        with self._lock:
-            self._connections.add(connection)
+        self.keep(connection)
         request(connection, Hello(self.token, "server", 0, label=_label()))
         request(connection, Enroll(self.address))
 
@@ -372,6 +378,7 @@ class _Handler:
         same_host = message.address.host == host_name()
         address = message.address.unix if same_host and message.address.unix else message.address.tcp
         back = connect(Address.parse(address))
+        self._server.keep(back)
         back.set_timeout(_limits.SILENCE_S)
         job = self._job()
         request(back, Hello(self._server.token, "coordinator", 0))
