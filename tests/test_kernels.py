@@ -6,7 +6,10 @@ import ctypes
 import mmap
 import os
 import select
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -514,23 +517,42 @@ def test_private_writes_stay_here_and_can_be_discarded() -> None:
     arena = _kernels.Arena(fds, [8 * page, 8 * page], private=True)
     array = arena.array
     assert array[::page].sum() == 24  # read: these pages are the files'
-    assert arena.discard_private() == 0
+    assert not arena.discard_private(), "reading is not writing"
     array[3 * page] = array[7 * page + 5] = array[8 * page] = array[15 * page] = 99
     assert os.pread(fds[0], 1, 3 * page) == b"\x01"
-    assert arena.discard_private() == 4 * page
+    assert arena.discard_private()
     assert array[3 * page] == 1
     assert array[8 * page] == 2
     os.pwrite(fds[0], b"\x05", 3 * page)
     assert array[3 * page] == 5, "what others write shows again"
-    assert arena.discard_private() == 0
+    assert not arena.discard_private()
+    array[0] = 7  # guarded anew
+    assert arena.discard_private()
+    assert array[0] == 1
     for fd in fds:
         os.close(fd)
+
+
+def test_a_fault_that_is_nobodys_still_kills_with_a_traceback() -> None:
+    program = (
+        "import faulthandler, ctypes, os; faulthandler.enable()\n"
+        "from headwater import _kernels\n"
+        "fd = os.memfd_create('x'); os.ftruncate(fd, 4096)\n"
+        "arena = _kernels.Arena([fd], [4096], private=True)\n"
+        "arena.array[0] = 1\n"
+        "print('guarded', flush=True)\n"
+        "ctypes.string_at(8)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "guarded\n"
+    assert done.returncode == -signal.SIGSEGV
+    assert "Segmentation fault" in done.stderr
 
 
 def test_an_arena_without_files_is_zeroed_memory() -> None:
     arena = _kernels.Arena([], [2 * mmap.PAGESIZE], private=True)
     arena.array[5] = 1
-    assert arena.discard_private() == 0, "there is nothing below to show again"
+    assert not arena.discard_private(), "there is nothing below to show again"
     assert arena.array.sum() == 1
 
 

@@ -82,8 +82,12 @@ class Arena:
     def array(self) -> npt.NDArray[np.uint8]:
         """The whole range, writable."""
 
-    def discard_private(self) -> int:
-        """Drop the pages that were written to a private mapping; the files' content shows again. Returns their bytes."""
+    def discard_private(self) -> bool:
+        """Drop what was written to a private mapping; the files' content shows again. Returns whether there was anything.
+
+        Private mappings are read-only until the first write, which a handler of SIGSEGV notes: so it costs nothing when there
+        was none. A system call that writes there, such as a socket's recv_into, fails with EFAULT.
+        """
 
 class Heartbeat:
     """A thread that writes `frame` to a duplicate of the socket `fd`, now and then every interval, GIL or no GIL.

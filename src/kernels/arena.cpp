@@ -1,13 +1,13 @@
 #include "arena.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <sys/ioctl.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <algorithm>
+#include <atomic>
+#include <mutex>
 #include <stdexcept>
 #include <system_error>
 
@@ -16,73 +16,65 @@ namespace {
 
 [[noreturn]] void fail(const char* what) { throw std::system_error(errno, std::generic_category(), what); }
 
-// PAGEMAP_SCAN, Linux 6.7 (include/uapi/linux/fs.h); written out because older headers lack it.
-struct PageRegion {
-  uint64_t start, end, categories;
+// A private mapping is read-only until somebody writes to it: the first write faults, and the handler below makes the whole
+// arena writable and takes a note. So a pull that finds no note costs nothing; scanning the page tables for written pages would
+// cost 40 ns a page at every pull.
+struct Guard {
+  std::atomic<uint8_t*> data{nullptr};
+  std::atomic<int64_t> bytes{0};
+  std::atomic<bool> is_written{false};
 };
-struct ScanArguments {
-  uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
-  uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
-};
-#define HEADWATER_PAGEMAP_SCAN _IOWR('f', 16, ScanArguments)
-constexpr uint64_t kIsFile = 1 << 2, kIsPresent = 1 << 3, kIsSwapped = 1 << 4;
+constexpr int kGuards = 256;
+Guard guards[kGuards];
+struct sigaction previous_action;
 
-void drop(uint64_t start, uint64_t end) {
-  if (madvise(reinterpret_cast<void*>(start), end - start, MADV_DONTNEED) != 0) fail("madvise");
+void on_fault(int signal, siginfo_t* info, void* context) {
+  const int error = errno;
+  const auto* at = static_cast<const uint8_t*>(info->si_addr);
+  if (info->si_code == SEGV_ACCERR) {
+    for (Guard& guard : guards) {
+      uint8_t* data = guard.data.load();
+      if (data == nullptr || at < data || at >= data + guard.bytes.load()) continue;
+      guard.is_written.store(true);
+      if (mprotect(data, static_cast<size_t>(guard.bytes.load()), PROT_READ | PROT_WRITE) == 0) {
+        errno = error;
+        return;
+      }
+    }
+  }
+  // Not ours: whoever was there before, such as Python's faulthandler; or the default, to which the repeated fault goes.
+  if (previous_action.sa_flags & SA_SIGINFO) {
+    previous_action.sa_sigaction(signal, info, context);
+  } else if (previous_action.sa_handler == SIG_DFL || previous_action.sa_handler == SIG_IGN) {
+    sigaction(signal, &previous_action, nullptr);
+  } else {
+    previous_action.sa_handler(signal);
+  }
 }
 
-// Returns the bytes dropped, or -1 when this kernel has no PAGEMAP_SCAN.
-int64_t discard_by_scan(int pagemap, uint64_t start, uint64_t end) {
-  constexpr int kRegions = 512;
-  std::vector<PageRegion> regions(kRegions);
-  int64_t dropped = 0;
-  while (start < end) {
-    ScanArguments scan = {};
-    scan.size = sizeof scan;
-    scan.start = start;
-    scan.end = end;
-    scan.vec = reinterpret_cast<uint64_t>(regions.data());
-    scan.vec_len = kRegions;
-    scan.category_inverted = kIsFile;  // wanted: not a page of the file, …
-    scan.category_mask = kIsFile;
-    scan.category_anyof_mask = kIsPresent | kIsSwapped;  // … and there
-    scan.return_mask = kIsPresent;
-    const int count = ioctl(pagemap, HEADWATER_PAGEMAP_SCAN, &scan);
-    if (count < 0) {
-      if (errno == EINTR) continue;
-      return -1;
-    }
-    for (int i = 0; i < count; i++) {
-      drop(regions[i].start, regions[i].end);
-      dropped += static_cast<int64_t>(regions[i].end - regions[i].start);
-    }
-    if (scan.walk_end <= start) return -1;
-    start = scan.walk_end;
-  }
-  return dropped;
+void install_handler() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    struct sigaction action = {};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    sigemptyset(&action.sa_mask);
+    if (sigaction(SIGSEGV, &action, &previous_action) != 0) fail("sigaction");
+  });
 }
 
-// The older way: one 8-byte entry per page; bit 63 present, bit 62 swapped, bit 61 a page of a file.
-int64_t discard_by_pagemap(int pagemap, uint64_t start, uint64_t end, uint64_t page) {
-  std::vector<uint64_t> entries(8192);
-  int64_t dropped = 0;
-  while (start < end) {
-    const uint64_t wanted = std::min<uint64_t>(entries.size(), (end - start) / page);
-    const ssize_t got = pread(pagemap, entries.data(), wanted * 8, static_cast<off_t>(start / page * 8));
-    if (got < 8) {
-      if (got < 0 && errno == EINTR) continue;
-      fail("/proc/self/pagemap");
-    }
-    const uint64_t count = static_cast<uint64_t>(got) / 8;
-    for (uint64_t i = 0; i < count; i++) {
-      const bool is_private = (entries[i] >> 62) != 0 && !((entries[i] >> 61) & 1);
-      if (!is_private) continue;
-      drop(start + i * page, start + (i + 1) * page);
-      dropped += static_cast<int64_t>(page);
-    }
-    start += count * page;
+// Returns the arena's guard, or -1 when there are too many arenas: then it is always taken for written.
+int take_guard(uint8_t* data, int64_t bytes) {
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (int i = 0; i < kGuards; i++) {
+    if (guards[i].data.load() != nullptr) continue;
+    guards[i].bytes.store(bytes);
+    guards[i].is_written.store(false);
+    guards[i].data.store(data);
+    return i;
   }
-  return dropped;
+  return -1;
 }
 
 void check(const std::vector<int>& fds, const std::vector<int64_t>& sizes) {
@@ -130,27 +122,22 @@ Arena::Arena(const std::vector<int>& fds, const std::vector<int64_t>& sizes, boo
     }
     at += sizes[i];
   }
+  if (!can_discard_) return;
+  install_handler();
+  guard_ = take_guard(data_, bytes_);
+  if (guard_ >= 0 && mprotect(data_, static_cast<size_t>(bytes_), PROT_READ) != 0) fail("mprotect");
 }
 
-Arena::~Arena() { munmap(data_, static_cast<size_t>(bytes_)); }
+Arena::~Arena() {
+  if (guard_ >= 0) guards[guard_].data.store(nullptr);
+  munmap(data_, static_cast<size_t>(bytes_));
+}
 
-int64_t Arena::discard_private() {
-  if (!can_discard_) return 0;
-  const int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-  if (pagemap < 0) fail("/proc/self/pagemap");
-  const auto start = reinterpret_cast<uint64_t>(data_), end = start + static_cast<uint64_t>(bytes_);
-  int64_t dropped = -1;
-  try {
-    dropped = discard_by_scan(pagemap, start, end);
-    if (dropped < 0) {
-      dropped = discard_by_pagemap(pagemap, start, end, static_cast<uint64_t>(sysconf(_SC_PAGESIZE)));
-    }
-  } catch (...) {
-    close(pagemap);
-    throw;
-  }
-  close(pagemap);
-  return dropped;
+bool Arena::discard_private() {
+  if (!can_discard_ || (guard_ >= 0 && !guards[guard_].is_written.exchange(false))) return false;
+  if (madvise(data_, static_cast<size_t>(bytes_), MADV_DONTNEED) != 0) fail("madvise");
+  if (guard_ >= 0 && mprotect(data_, static_cast<size_t>(bytes_), PROT_READ) != 0) fail("mprotect");
+  return true;
 }
 
 }  // namespace headwater

@@ -19,14 +19,15 @@ class Arena {
   uint8_t* data() const { return data_; }
   int64_t bytes() const { return bytes_; }
 
-  // Drops the pages that this process has written to a private mapping, so that the shared content shows again.
-  // Returns their bytes.
-  int64_t discard_private();
+  // Drops what this process has written to a private mapping, so that the shared content shows again. Returns whether there
+  // was anything; costs nothing when there was not.
+  bool discard_private();
 
  private:
   uint8_t* data_ = nullptr;
   int64_t bytes_ = 0;
   bool can_discard_ = false;
+  int guard_ = -1;
 };
 
 }  // namespace headwater

@@ -456,6 +456,9 @@ nb::object arena_array(nb::handle self) {
 NB_MODULE(_kernels, m) {
   using namespace headwater;
 
+  // At exit arrays may still keep their arenas: the system takes those back, it is no leak worth a word to users.
+  nb::set_leak_warnings(false);
+
   nb::register_exception_translator([](const std::exception_ptr& p, void*) {
     try {
       std::rethrow_exception(p);

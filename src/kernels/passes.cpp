@@ -436,20 +436,31 @@ struct Planes {
   T* to[kPlanesMax];  // the same memory as `from`, or memory apart
 };
 
-// Elements [i, i + lanes of V). Planes from `streamed` on are written around the cache.
-template <class V, int streamed, class T, class Step, class Source>
+// Elements [i, i + lanes of V).
+template <class V, class T, class Step, class Source>
 inline void take(const Step& step, Source& source, const Planes<T>& planes, int64_t i) {
   V from[Step::kPlanes], to[Step::kPlanes];
   for (int k = 0; k < Step::kPlanes; k++) from[k] = load<V>(planes.from[k] + i);
   step(source.template at<V>(i), from, to);
+  for (int k = 0; k < Step::kPlanes; k++) __builtin_memcpy(planes.to[k] + i, &to[k], sizeof(V));
+}
+
+// One cache line of elements; planes from `first` on are written around the cache. A plane's line is written in one go: the
+// CPU gathers such a line in one of a few buffers, and planes taking turns would drive each other's half-full lines out.
+template <class V, int first, class T, class Step, class Source>
+inline void take_line(const Step& step, Source& source, const Planes<T>& planes, int64_t i) {
+  constexpr int parts = 64 / sizeof(V), lanes = sizeof(V) / sizeof(T);
+  V to[parts][Step::kPlanes];
+  for (int j = 0; j < parts; j++) {
+    V from[Step::kPlanes];
+    for (int k = 0; k < Step::kPlanes; k++) from[k] = load<V>(planes.from[k] + i + j * lanes);
+    step(source.template at<V>(i + j * lanes), from, to[j]);
+  }
   for (int k = 0; k < Step::kPlanes; k++) {
-    if constexpr (streamed < kPlanesMax) {
-      if (k >= streamed) {
-        stream(planes.to[k] + i, to[k]);
-        continue;
-      }
+    for (int j = 0; j < parts; j++) {
+      if (k >= first) stream(planes.to[k] + i + j * lanes, to[j][k]);
+      else __builtin_memcpy(planes.to[k] + i + j * lanes, &to[j][k], sizeof(V));
     }
-    __builtin_memcpy(planes.to[k] + i, &to[k], sizeof(V));
   }
 }
 
@@ -461,12 +472,12 @@ bool sweep(const Step& step, Source source, const Planes<typename W::Master>& pl
   constexpr int first = W::kNarrow ? 1 : 0;  // a narrow lane's master plane is read again at once
   for (int k = first; k < Step::kPlanes; k++) streamed = streamed && is_aligned(planes.to[k]);
   int64_t i = 0;
-  // Whole cache lines only: half a line written around the cache costs more than it saves.
   if (streamed) {
-    for (const int64_t limit = n - n % (64 / sizeof(T)); i < limit; i += lanes) take<V, first>(step, source, planes, i);
+    constexpr int64_t line = 64 / sizeof(T);
+    for (; i + line <= n; i += line) take_line<V, first>(step, source, planes, i);
   }
-  for (; i + lanes <= n; i += lanes) take<V, kPlanesMax>(step, source, planes, i);
-  for (; i < n; i++) take<T, kPlanesMax>(step, source, planes, i);
+  for (; i + lanes <= n; i += lanes) take<V>(step, source, planes, i);
+  for (; i < n; i++) take<T>(step, source, planes, i);
   return !source.is_bad();
 }
 
