@@ -131,6 +131,11 @@ class Coordinator:
                 PeerLostError(f"Expected every server of the job to live, got the end of {label}: start the job again.")
             )
 
+    def close(self) -> None:
+        """The server in this process closes: whoever waits here waits no longer."""
+        with self._changed:
+            self._fail(PeerLostError("Expected a running server, got one that was closed."))
+
     def hello(self, hello: Hello, connection: Connection, tell: Tell) -> Welcome:
         """Take in a worker or an observer, once every server is there."""
         with self._changed:

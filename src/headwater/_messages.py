@@ -38,8 +38,14 @@ class ServerAddress(Message, frozen=True):
     host: str  # boot id and user: equal to the client's own means that shared memory works
 
 
+class Here(Message, frozen=True, tag=True):
+    """Answer to the Hello of a data connection: where else this server listens."""
+
+    address: ServerAddress
+
+
 class Welcome(Message, frozen=True, tag=True):
-    """Answer to Hello."""
+    """Answer to the Hello of a worker or an observer."""
 
     index: int
     workers: int
@@ -298,7 +304,7 @@ class Stats(Message, frozen=True, tag=True):
 
 
 AnyMessage = (
-    Hello | Welcome | Failed | Done | Waiting | Beat | Register | Registered | Initialised | Assign | Attach
+    Hello | Here | Welcome | Failed | Done | Waiting | Beat | Register | Registered | Initialised | Assign | Attach
     | Attached | Detach | Put | Pull | Pulled | Push | Seal | Committed | Prepare | Prepared | Norms | Normed
     | Flip | Enroll | Leave | Hold | Held | Resume | StateGet | State | StateSet | Report | StatsGet | Stats
 )  # fmt: skip

@@ -42,6 +42,7 @@ from headwater._messages import (
     Enroll,
     Failed,
     Hello,
+    Here,
     Hold,
     Initialised,
     Leave,
@@ -245,6 +246,8 @@ class Server:
             listener.close()
         for connection in connections:
             connection.close()
+        if self.coordinator is not None:
+            self.coordinator.close()
         if self.address.unix:
             with contextlib.suppress(OSError):
                 Path(Address.parse(self.address.unix).host).unlink()
@@ -280,6 +283,8 @@ class _Handler:
             answer = self._job().hello(self._hello, self._connection, self._connection.send)
         elif self.role == "beat":
             self._job().beat(self._identity, self._connection)
+        elif self.role == "data":
+            answer = Here(self._server.address)
         self._is_member = True
         if self.role == "worker":
             self._server.had_workers.set()

@@ -42,6 +42,7 @@ from headwater._messages import (
     Failed,
     Held,
     Hello,
+    Here,
     Hold,
     Initialised,
     Leave,
@@ -456,11 +457,14 @@ class Session:
         changes = [scalars] * len(self._scalars) if isinstance(scalars, Mapping) else list(scalars)
         if len(changes) != len(self._scalars) or any(name not in names for change in changes for name in change):
             raise SettingError(f"Expected {', '.join(names)} for {len(self._scalars)} parameter groups, got {scalars}.")
-        self._scalars = [
+        rows = [
             tuple(change.get(name, old) for name, old in zip(names, row, strict=True))
             for change, row in zip(changes, self._scalars, strict=True)
         ]
-        return self._scalars
+        for row in rows:  # before they are kept: a later step would be refused for them too
+            self._optimizer.check(dict(zip(names, row, strict=True)))
+        self._scalars = rows
+        return rows
 
     # The job.
 
@@ -680,7 +684,23 @@ def connect_session(
         consistency=consistency,
         label=f"{socket.gethostname()}:{os.getpid()}",
     )
-    return Session(Address.parse(text) if text else None, hello=hello, transport=transport, timeout_s=timeout_s)
+    target = Address.parse(text) if text else None
+    if target is not None and target.kind == "tcp" and target.is_local and transport != "tcp":
+        target = _nearest(target, hello, timeout_s)
+    return Session(target, hello=hello, transport=transport, timeout_s=timeout_s)
+
+
+def _nearest(address: Address, hello: Hello, timeout_s: float) -> Address:
+    """Return the Unix socket of a server on this machine, if it has one for us: one connection for control and data."""
+    connection = connect(address, min(timeout_s, _limits.CONNECT_S))
+    try:
+        connection.set_timeout(_limits.SILENCE_S)
+        message = request(connection, msgspec.structs.replace(hello, role="data")).message
+        if isinstance(message, Here) and message.address.host == host_name() and message.address.unix:
+            return Address.parse(message.address.unix)
+    finally:
+        connection.close()
+    return address
 
 
 def _environment_number(name: str, default: int) -> int:
