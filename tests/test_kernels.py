@@ -152,15 +152,26 @@ def test_contributions_are_summed_from_the_left() -> None:
     assert np.array_equal(result, expected)
 
 
-@pytest.mark.parametrize("size", [10 * BLOCK, 2_200_000], ids=["cached", "streamed"])
-@pytest.mark.parametrize("shift", [0, 1, 3])
-def test_targets_may_lie_at_any_element(size: int, shift: int) -> None:
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("wire", DTYPES)
+@pytest.mark.parametrize("count", [1, 2, 3], ids="{} contributions".format)
+def test_large_planes_are_written_around_the_cache_with_the_same_bits(wire: str, count: int, level: str) -> None:
+    """Planes on cache lines are streamed when they are large together; planes that start elsewhere never are."""
     optimizer = optim.Adam()
-    source = make_planes(optimizer, "float32", size)
-    commit = make_commit(optimizer, "float32", size, cuts=(37,))
-    target = [np.zeros(size + shift, np.float32)[shift:] for _ in source]
-    assert _kernels.apply("adam", 0, "float32", source, target, [commit], threads=2, level="auto") is None
-    assert_same_bits(target, run_apply(optimizer, "float32", source, [commit], level="baseline"))
+    size = 1_000_000  # elements: 24 MB of planes and more
+    source = make_planes(optimizer, wire, size)
+    commit = make_commit(optimizer, wire, size, count=count, cuts=(37, 64, 500_000))
+    results = []
+    for shift in (0, 1):
+        target = [mapped(plane.dtype, size + shift)[shift:] for plane in source]
+        assert _kernels.apply("adam", 0, wire, source, target, [commit], threads=2, level=level) is None
+        results.append(target)
+    assert_same_bits(results[0], results[1])
+
+
+def mapped(dtype: np.dtype[Any], size: int) -> Array:
+    """Return an array that starts on a page."""
+    return np.frombuffer(mmap.mmap(-1, size * dtype.itemsize), dtype)
 
 
 @pytest.mark.parametrize("wire", DTYPES)
