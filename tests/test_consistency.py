@@ -182,6 +182,7 @@ class Jobs(RuleBasedStateMachine):
         for index in self.policy.missing():
             identity = 2000 + index
             self.peers[identity] = Peer(index, self.policy.join(identity, index))
+            self.came.add(index)
         for identity in self.live:
             if self.policy.is_released(identity):
                 self.take(identity, PushEntry(identity, self.peers[identity].sequence + 1, 0.0))
