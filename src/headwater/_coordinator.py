@@ -394,7 +394,7 @@ class Coordinator:
                 if bad:
                     for commit, push, tensor, element in bad:
                         entry = pushes[kept[commit]][push]
-                        refusals[entry.worker] = self._non_finite(entry, tensor, element)
+                        refusals[entry.worker] = self._bad_push(entry, tensor, element)
                     continue
             self._ask(Flip(batch[-1].number, bool(specs)))
             self._plan = plan
@@ -412,8 +412,12 @@ class Coordinator:
             return 1.0  # a bad element: Prepare finds and names it
         return min(1.0, limit / (math.sqrt(total) + 1e-6))
 
-    def _non_finite(self, entry: PushEntry, tensor: int, element: int) -> NonFiniteError:
+    def _bad_push(self, entry: PushEntry, tensor: int, element: int) -> HeadwaterError:
         assert self._layout is not None
+        if tensor < 0:
+            return ProtocolError(
+                f"Expected push {entry.sequence} to lie whole on every server before its seal, got none."
+            )
         spec = self._layout.specs[tensor]
         return NonFiniteError(
             f"Expected finite gradients, got NaN or infinity in {spec.name!r} {spec.shape} at element {element} — "

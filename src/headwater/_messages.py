@@ -115,7 +115,6 @@ class Assign(Message, frozen=True, tag=True):
 class Attach(Message, frozen=True, tag=True):
     """To each server, once registered: make ready for this worker's pushes. `share`: through shared memory."""
 
-    identity: int
     share: bool
 
 
@@ -197,7 +196,7 @@ class Prepare(Message, frozen=True, tag=True):
 
 
 class Prepared(Message, frozen=True, tag=True):
-    """`bad`: (commit, push, tensor, element) of the first non-finite gradient element."""
+    """`bad`: (commit, push, tensor, element) of the first non-finite gradient element; tensor -1: the push is not here."""
 
     bad: tuple[int, int, int, int] | None = None
 

@@ -321,7 +321,7 @@ class _Handler:
             case Beat():
                 pass
             case Attach():
-                fds = self._shard.attach(message.identity, share=message.share and self._connection.can_share)
+                fds = self._shard.attach(self._identity, share=message.share and self._connection.can_share)
                 self._connection.send(Attached(len(fds)), fds=fds)
             case Register():
                 self._answer(self._job().register(self._identity, message, self._connection.send))

@@ -221,7 +221,7 @@ class Session:
             if part.wire_bytes == 0:
                 continue
             connection, shares = self._data_connection(i)
-            connection.send(Attach(self._identity, shares))
+            connection.send(Attach(shares))
             attached, passed = self._receive_from(connection, Attached)
             if shares != bool(passed) or len(passed) != attached.fds:
                 raise ProtocolError(f"Expected {attached.fds} shared buffers, got {len(passed)}.")
