@@ -184,18 +184,22 @@ class Policy:
         """Make the BSP commit that is now complete, if one is."""
         if self.consistency.kind != "bsp" or not self.members or not self.started:
             return []
-        if any(m.pending is None for m in self.members.values()):
-            return []
-        order = sorted(self.members.items(), key=lambda item: (item[1].index, item[0]))
-        entries = [m.pending for _, m in order if m.pending is not None]
+        entries = []
+        order = list(self.members.items())
+        if len(order) > 1:
+            order.sort(key=lambda item: (item[1].index, item[0]))
+        for _, member in order:
+            if member.pending is None:
+                return []
+            entries.append(member.pending)
         self.commit += 1
         for worker, member in order:
             member.pending = None
             member.clock = self.commit
             if member.leaving:
                 del self.members[worker]
-        pushes = tuple(e for e in entries if e.weight > 0)
-        return [Commit(self.commit, pushes, tuple((e.worker, e.sequence) for e in entries))]
+        pushes = tuple([e for e in entries if e.weight > 0])
+        return [Commit(self.commit, pushes, tuple([(e.worker, e.sequence) for e in entries]))]
 
     def _disagreement(self, member: Member, entry: PushEntry) -> DisagreementError | None:
         if entry.weight <= 0:

@@ -150,26 +150,31 @@ class Pulled(Message, frozen=True, tag=True):
 
 
 class Push(Message, frozen=True, tag=True):
-    """To a server: this worker's gradients lie ready. Payload: the server's part, absent in shared memory.
+    """To a server: this worker's gradients lie ready. Payload: the server's part, absent in shared memory. Answer: Done.
 
-    Nothing counts before the coordinator has the Seal. `ack`: answer Done when it is whole here.
+    Nothing counts before the coordinator has the Seal.
     """
 
     sequence: int
-    ack: bool = False
 
 
 class Seal(Message, frozen=True, tag=True):
-    """To the coordinator: push number `sequence` is whole on every server; let it count."""
+    """To the coordinator: push number `sequence` is whole on every server; let it count. Answer: Committed.
+
+    With one server, whose connection this is, the push and the pull ride along. `pushes`: this is the Push too, with its payload.
+    `pull`: "own" or "sent" as of Pull, done before the answer, which carries the payload.
+    """
 
     sequence: int
     weight: float
     scalars: tuple[tuple[float, ...], ...]  # one row per parameter group
     absent: bytes = b""  # packed bits, one per tensor, 1: no gradient; empty: all present
+    pushes: bool = False
+    pull: str = ""
 
 
 class Committed(Message, frozen=True, tag=True):
-    """The commit that holds the push and the side its result lies on, or why the push was refused."""
+    """The commit that holds the push and the side its result lies on, or why the push was refused. Payload: as asked."""
 
     commit: int
     clock: int

@@ -292,7 +292,13 @@ class _Handler:
 
     def handle(self) -> bool:
         """Carry out one request. Returns whether more may come. Errors of the caller are answered, not raised."""
-        message = self._connection.receive(self._sink).message
+        try:
+            message = self._connection.receive(self._sink).message
+        except WaitTimeoutError:
+            # Only a beat is waited for with a limit. A beat connection that ends says nothing: the worker's own one ends too,
+            # after what was sealed on it has been read.
+            self._job().leave(self._identity)
+            raise
         try:
             return self._dispatch(message)
         except (PeerLostError, ProtocolError):
@@ -304,12 +310,10 @@ class _Handler:
     def _dispatch(self, message: AnyMessage) -> bool:
         match message:
             case Push():
-                self._shard.pushed(self._identity, message.sequence, self._carried)
-                self._carried = False
-                if message.ack:
-                    self._answer(Done())
+                self._note_push(message.sequence)
+                self._answer(Done())
             case Seal():
-                self._answer(self._job().seal(self._identity, message, self._connection.send))
+                self._seal(message)
             case Pull():
                 self._pull(message)
             case Put():
@@ -358,7 +362,7 @@ class _Handler:
     def _sink(self, message: AnyMessage, size: int) -> memoryview:
         """Say where a payload goes."""
         is_worker = self.role in ("worker", "data")
-        if isinstance(message, Push) and is_worker:
+        if isinstance(message, (Seal, Push)) and is_worker:
             self._carried = True
             return self._shard.inbox(self._identity, size)
         if isinstance(message, Put) and is_worker:
@@ -368,6 +372,21 @@ class _Handler:
                 return memoryview(self._incoming)
             raise ProtocolError(f"Expected {expected} bytes of {message.plane}, got {size}.")
         raise ProtocolError(f"Expected {type(message).__name__} without payload, got {size} bytes.")
+
+    def _note_push(self, sequence: int) -> None:
+        carried, self._carried = self._carried, False
+        self._shard.pushed(self._identity, sequence, carried)
+
+    def _seal(self, seal: Seal) -> None:
+        if seal.pushes or self._carried:
+            self._note_push(seal.sequence)
+        committed = self._job().seal(self._identity, seal, self._connection.send)
+        if seal.pull == "sent":
+            self._connection.send(committed, self._shard.pull_sent(self._identity)[1])
+            return
+        if seal.pull == "own":
+            self._shard.pull_own(self._identity)
+        self._connection.send(committed)
 
     def _pull(self, pull: Pull) -> None:
         if pull.own:
@@ -399,7 +418,7 @@ class _Handler:
         """The connection has ended: the death of what was behind it."""
         if self._coordinator is None or not self._is_member:
             return
-        if self.role in ("worker", "beat"):
+        if self.role == "worker":
             self._coordinator.leave(self._identity)
         elif self.role == "observer":
             self._coordinator.resume(self._identity)

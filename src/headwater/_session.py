@@ -147,6 +147,7 @@ class Session:
         self._sequence = -1
         self._is_pending = False  # a sealed push is not yet answered
         self._wants_pull = False
+        self._is_direct = self._reads_in_place = False
         self._is_closed = False
         self.clock = 0  #: finished steps
         self.staleness = 0  #: commits by others between this worker's last pull and its last push
@@ -238,6 +239,9 @@ class Session:
             self._arenas += [arena.array[: self._layout.wire_bytes] for arena in self._private]
         for link in self._links:
             link.use(self._arenas)
+        # Push, seal and pull go to the same server on one connection: one message each way does.
+        self._is_direct = len(self._links) == 1 and self._links[0].connection is self._control
+        self._reads_in_place = len(self._arenas) == 3
         self._gradients = self._layout.views(self._arenas[0])
         self.sides = [self._layout.views(arena) for arena in self._arenas[1:]]
 
@@ -335,30 +339,18 @@ class Session:
         if self._is_pending:
             self.wait()
         self._sequence += 1
-        push, seal = Push(self._sequence), Seal(self._sequence, weight, tuple(scalars), absent)
-        first = self._links[0]
-        if self._is_pipelined:
-            self._control.hold(push, first.pushed)
-            self._control.hold(seal)
-            if pull and not self._reads_in_place:
-                self._control.hold(Pull(own=first.shares))
-            self._control.flush()
+        rows = tuple(scalars)
+        if self._is_direct:
+            link = self._links[0]
+            wanted = "" if not pull or self._reads_in_place else "own" if link.shares else "sent"
+            self._control.send(Seal(self._sequence, weight, rows, absent, True, wanted), link.pushed)
         else:
             for link in self._links:
-                link.connection.send(Push(self._sequence, ack=True), link.pushed)
+                link.connection.send(Push(self._sequence), link.pushed)
             for link in self._links:
                 self._receive_from(link.connection, Done)
-            self._control.send(seal)
+            self._control.send(Seal(self._sequence, weight, rows, absent))
         self._is_pending, self._wants_pull = True, pull
-
-    @property
-    def _is_pipelined(self) -> bool:
-        """Push, seal and pull go to the same server on one connection: nothing needs to be waited for in between."""
-        return len(self._links) == 1 and self._links[0].connection is self._control
-
-    @property
-    def _reads_in_place(self) -> bool:
-        return len(self.sides) == 2
 
     def wait(self) -> int:
         """Wait until the last push counts and this worker may go on; returns the commit that holds it.
@@ -370,19 +362,17 @@ class Session:
         if not self._is_pending:
             return self.clock
         self._is_pending = False
-        refused: UsageError | None = None
-        committed: Committed | None = None
         try:
-            committed = self._receive(Committed)
-        except UsageError as error:
-            refused = error  # the pull that was sent along is answered all the same
-        except HeadwaterError:
-            self.close()
+            committed, _ = self._receive_from(
+                self._control, Committed, self._links[0].pulled if self._is_direct else None
+            )
+            if self._wants_pull and not self._is_direct:
+                self._pull_links()
+        except UsageError:
             raise
-        if self._wants_pull and (committed is not None or self._is_pipelined):
-            self._finish_pull(asked=self._is_pipelined)
-        if committed is None:
-            raise refused or ProtocolError("Expected an answer to a push.")
+        except HeadwaterError:
+            self.close()  # what is still to come on the connections would be taken for something else
+            raise
         self.clock, self.staleness, self.accepted = committed.clock, committed.staleness, committed.accepted
         self._flip(committed.side)
         if committed.refused is not None:
@@ -417,14 +407,13 @@ class Session:
         if self._reads_in_place:
             self._flip(self.side)
         else:
-            self._finish_pull(asked=False)
+            self._pull_links()
 
-    def _finish_pull(self, *, asked: bool) -> None:
+    def _pull_links(self) -> None:
         if self._reads_in_place:
             return
-        if not asked:
-            for link in self._links:
-                link.connection.send(Pull(own=link.shares))
+        for link in self._links:
+            link.connection.send(Pull(own=link.shares))
         for link in self._links:
             self._receive_from(link.connection, Pulled, link.pulled)
 
