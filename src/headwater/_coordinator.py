@@ -333,7 +333,7 @@ class Coordinator:
             )
         if seal.scalars == self._checked:
             return
-        names = tuple(self._optimizer.scalars())
+        names = self._optimizer.scalar_names
         if len(seal.scalars) != self._layout.groups or any(len(row) != len(names) for row in seal.scalars):
             raise LayoutError(
                 f"Expected {self._layout.groups} parameter groups with {', '.join(names)}, got {seal.scalars}."
@@ -533,6 +533,8 @@ class Coordinator:
 
     def _wait(self, is_ready: Callable[[], bool], missing: Callable[[], list[str]], tell: Tell) -> None:
         """Wait for a condition; every REPORT_WAIT_S the peer is told for whom."""
+        if is_ready():
+            return
         start = last = time.monotonic()
         while not is_ready():
             self._check_failure()

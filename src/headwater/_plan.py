@@ -57,8 +57,7 @@ class Plan(NamedTuple):
         for cohort in set(cell_cohorts):
             group, steps = cohorts[cohort]
             cohorts[cohort] = (group, steps + 1)
-        order = tuple(optimizer.scalars())
-        scalars = [dict(zip(order, row, strict=True)) for row in pushes[0].scalars]
+        scalars = [dict(zip(optimizer.scalar_names, row, strict=True)) for row in pushes[0].scalars]
         rows = [tuple(optimizer.row(scalars[group], steps)) for group, steps in cohorts]
         spec = CommitSpec(names, cells, tuple([rows[c] for c in cell_cohorts]), coefficients)
         return spec, Plan(plan.cohort_of, plan.cells, tuple(cohorts))

@@ -442,7 +442,7 @@ class Session:
         if scalars is None:
             return self._scalars
         assert self._optimizer is not None
-        names = list(self._optimizer.scalars())
+        names = self._optimizer.scalar_names
         changes = [scalars] * len(self._scalars) if isinstance(scalars, Mapping) else list(scalars)
         if len(changes) != len(self._scalars) or any(name not in names for change in changes for name in change):
             raise SettingError(f"Expected {', '.join(names)} for {len(self._scalars)} parameter groups, got {scalars}.")

@@ -14,7 +14,7 @@ import queue
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 from urllib.parse import urlsplit
 
@@ -102,9 +102,11 @@ class SocketConnection:
     def send(self, message: AnyMessage, payload: memoryview | None = None, fds: Sequence[int] = ()) -> None:
         self.hold(message, payload)
         if fds:
-            with self._translated():
+            try:
                 sent = socket.send_fds(self._socket, [self._output], list(fds))
-                del self._output[:sent]
+            except OSError as error:
+                raise self._lost(error) from error
+            del self._output[:sent]
         if self._start == self._stop:
             self.flush()
 
@@ -118,13 +120,15 @@ class SocketConnection:
         if size <= _HELD_BYTES:
             self._output += payload
             return
-        with self._translated():
-            output, self._output = memoryview(self._output), bytearray()
+        output, self._output = memoryview(self._output), bytearray()
+        try:
             sent = self._socket.sendmsg([output, payload])
             for view in (output, payload):
                 if sent < view.nbytes:
                     self._socket.sendall(view[sent:])
                 sent = max(sent - view.nbytes, 0)
+        except OSError as error:
+            raise self._lost(error) from error
 
     def flush(self) -> None:
         if not self._output:
@@ -213,19 +217,13 @@ class SocketConnection:
         ready = min(self._stop - self._start, target.nbytes)
         target[:ready] = memoryview(self._input)[self._start : self._start + ready]
         self._start += ready
-        with self._translated():
+        try:
             while ready < target.nbytes:
                 count = self._socket.recv_into(target[ready:])
                 if count == 0:
                     raise ConnectionError(f"it closed after {ready} of {target.nbytes} payload bytes")
                 ready += count
-
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        """Half a payload cannot be made good: any error of the socket ends the connection."""
-        try:
-            yield
-        except OSError as error:
+        except OSError as error:  # half a payload cannot be made good, a time-out included
             raise self._lost(error) from error
 
     def _lost(self, error: OSError | None) -> PeerLostError:

@@ -40,7 +40,7 @@ class Optimizer(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unkn
     #: The kernel's name for it.
     kind: ClassVar[str]
     #: The settings that may change by the step, in the order in which they travel.
-    _scalars: ClassVar[tuple[str, ...]] = ()
+    scalar_names: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for field in msgspec.structs.fields(self):
@@ -76,7 +76,7 @@ class Optimizer(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unkn
 
     def scalars(self) -> dict[str, float]:
         """Return the settings that may change by the step."""
-        return {name: float(getattr(self, name)) for name in self._scalars}
+        return {name: float(getattr(self, name)) for name in self.scalar_names}
 
     def row(self, scalars: Mapping[str, float], step: int) -> list[float]:
         """Return the kernel's scalars for a tensor's step number `step`, counted from 1; a tensor not yet touched counts as at 1."""
@@ -140,7 +140,7 @@ class SGD(_Momentum, frozen=True, kw_only=True):
     """Stochastic gradient descent, with momentum or Nesterov's momentum."""
 
     kind: ClassVar[str] = "sgd"
-    _scalars: ClassVar[tuple[str, ...]] = ("lr", "momentum", "dampening", "weight_decay")
+    scalar_names: ClassVar[tuple[str, ...]] = ("lr", "momentum", "dampening", "weight_decay")
 
     lr: float = 1e-3
     dampening: float = 0.0
@@ -180,7 +180,7 @@ class Adagrad(_Descent, frozen=True, kw_only=True):
     """Adagrad (Duchi et al., 2011)."""
 
     kind: ClassVar[str] = "adagrad"
-    _scalars: ClassVar[tuple[str, ...]] = ("lr", "lr_decay", "weight_decay", "eps")
+    scalar_names: ClassVar[tuple[str, ...]] = ("lr", "lr_decay", "weight_decay", "eps")
 
     lr: float = 1e-2
     lr_decay: float = 0.0
@@ -211,7 +211,7 @@ class RMSprop(_Momentum, frozen=True, kw_only=True):
     """RMSprop (Hinton, 2012); centered as in Graves (2013)."""
 
     kind: ClassVar[str] = "rmsprop"
-    _scalars: ClassVar[tuple[str, ...]] = ("lr", "alpha", "eps", "weight_decay", "momentum")
+    scalar_names: ClassVar[tuple[str, ...]] = ("lr", "alpha", "eps", "weight_decay", "momentum")
 
     lr: float = 1e-2
     alpha: float = 0.99
@@ -244,7 +244,7 @@ class Adam(_Descent, frozen=True, kw_only=True):
     """Adam (Kingma and Ba, 2015); amsgrad as in Reddi et al. (2018). Weight decay is added to the gradient."""
 
     kind: ClassVar[str] = "adam"
-    _scalars: ClassVar[tuple[str, ...]] = ("lr", "beta1", "beta2", "eps", "weight_decay")
+    scalar_names: ClassVar[tuple[str, ...]] = ("lr", "beta1", "beta2", "eps", "weight_decay")
 
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)

@@ -93,7 +93,7 @@ class Optimizer(torch.optim.Optimizer):
             super().__init__([dict(group) for group in members], _defaults(settings))
         self._is_open = False
         self.settings = settings
-        self._names = list(settings.scalars())
+        self._names = settings.scalar_names
         self._parameters = _ordered(named, self.param_groups)
         self.session = connect_session() if session is None else session
         self._register()
