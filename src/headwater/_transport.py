@@ -143,11 +143,11 @@ class SocketConnection:
         if self._stop - self._start < HEADER_BYTES:
             self._fill(HEADER_BYTES, with_fds)
         control_bytes, payload_bytes = unpack_header(self._input, self._start)
-        self._start += HEADER_BYTES
-        if self._stop - self._start < control_bytes:
-            self._fill(control_bytes, with_fds)
-        stop = self._start + control_bytes
-        message = decode(memoryview(self._input)[self._start : stop])
+        size = HEADER_BYTES + control_bytes  # the header is taken with its message: a wait may end in between
+        if self._stop - self._start < size:
+            self._fill(size, with_fds)
+        stop = self._start + size
+        message = decode(memoryview(self._input)[self._start + HEADER_BYTES : stop])
         self._start = stop
         if payload_bytes:
             self._receive_payload((sink or refuse_payload)(message, payload_bytes))
@@ -264,7 +264,7 @@ class MemoryConnection:
             raise PeerLostError(f"The connection to {self.peer} ended.")
         control, bulk, fds = item
         message = decode(control)
-        if bulk is not None:
+        if bulk:
             (sink or refuse_payload)(message, len(bulk))[:] = bulk
         if not with_fds:
             for fd in fds:
@@ -282,6 +282,10 @@ class MemoryConnection:
         if not self._is_closed:
             self._is_closed = True
             self._outbox.put(None)
+            with contextlib.suppress(queue.Empty):
+                while item := self._inbox.get_nowait():
+                    for fd in item[2]:
+                        os.close(fd)
             self._inbox.put(None)
 
     def abandon(self) -> None:
@@ -340,9 +344,12 @@ def listen(address: Address) -> socket.socket:
             mask = os.umask(0o177)
             try:
                 sock.bind(address.host)
+                sock.listen(128)
+            except OSError:
+                sock.close()
+                raise
             finally:
                 os.umask(mask)
-            sock.listen(128)
             return sock
         family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
         return socket.create_server((address.host, address.port), family=family, backlog=128)
