@@ -21,7 +21,7 @@ from headwater import _kernels
 from headwater._consistency import Consistency
 from headwater._errors import InternalError, LayoutError, ProtocolError
 from headwater._layout import Layout, Part, Slice, runs, tensor_at
-from headwater._memory import SharedBuffer
+from headwater._memory import SharedBuffer, zeroed
 from headwater._messages import (
     AnyMessage,
     Assign,
@@ -61,9 +61,11 @@ class _Side:
         wire = self.wire.array[s.byte : s.byte + s.wire_bytes]
         planes = {"parameters": wire}
         is_master = s.lane.master == s.lane.dtype
-        planes["master"] = wire.view(s.lane.master) if is_master else np.zeros(s.elements, s.lane.master)
+        size = s.elements * np.dtype(s.lane.master).itemsize
+        planes["master"] = (wire if is_master else zeroed(size)).view(s.lane.master)
         for slot in optimizer.slots:
-            planes[slot] = np.full(s.elements, optimizer.initial(slot), s.lane.master)
+            planes[slot] = zeroed(size).view(s.lane.master)
+            planes[slot][:] = optimizer.initial(slot)
         return planes
 
     def kernel_planes(self, i: int, s: Slice) -> list[np.ndarray]:
@@ -193,7 +195,7 @@ class Shard:
             self._require_layout()
             size = self.part.wire_bytes
             if not share:
-                self._workers[identity] = _Worker(self.part, np.zeros(size, np.uint8))
+                self._workers[identity] = _Worker(self.part, zeroed(size))
                 return []
             gradients = SharedBuffer(size, "gradients")
             if self.consistency.kind == "bsp":

@@ -41,6 +41,11 @@ class SharedBuffer:
             self.close()
 
 
+def zeroed(size: int) -> np.ndarray:
+    """Return zeroed bytes of this process alone, uint8, beginning on a page: kernels stream only to whole cache lines."""
+    return _kernels.Arena([], [round_up(max(size, 1), PAGE_BYTES)], private=True).array[:size]
+
+
 def stack_buffers(fds: list[int], sizes: list[int], *, private: bool) -> _kernels.Arena:
     """Map several shared buffers as one range of addresses; the descriptors are closed."""
     try:

@@ -31,7 +31,7 @@ from headwater._errors import (
     WaitTimeoutError,
 )
 from headwater._layout import Layout, Part, TensorSpec
-from headwater._memory import stack_buffers
+from headwater._memory import stack_buffers, zeroed
 from headwater._messages import (
     AnyMessage,
     Attach,
@@ -230,7 +230,7 @@ class Session:
             fds.append(passed)
         sizes = [link.part.wire_bytes for link in self._links]
         if not self._links[0].shares:
-            self._arenas = [np.zeros(self._layout.wire_bytes, np.uint8) for _ in range(2)]
+            self._arenas = [zeroed(self._layout.wire_bytes) for _ in range(2)]
         else:
             gradient, *sides = zip(*fds, strict=True)
             self._arenas = [stack_buffers(list(gradient), sizes, private=False).array[: self._layout.wire_bytes]]

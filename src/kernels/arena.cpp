@@ -111,6 +111,7 @@ Arena::Arena(const std::vector<int>& fds, const std::vector<int64_t>& sizes, boo
                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base == MAP_FAILED) fail("mmap");
   data_ = static_cast<uint8_t*>(base);
+  if (anonymous) madvise(base, static_cast<size_t>(bytes_), MADV_HUGEPAGE);  // fewer page faults and misses, where the system has them
   uint8_t* at = data_;
   for (size_t i = 0; i < fds.size(); i++) {
     if (mmap(at, static_cast<size_t>(sizes[i]), PROT_READ | PROT_WRITE, MAP_FIXED | (is_private ? MAP_PRIVATE : MAP_SHARED),
