@@ -22,6 +22,7 @@ bench: $(READY)
 
 # The Python sources are used where they lie; only the native code and the dependencies need an install.
 $(READY): pyproject.toml CMakeLists.txt constraints.txt $(wildcard src/kernels/*)
+	@echo "Setting up .venv: PyTorch and the native code, some minutes the first time."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt cmake ninja scikit-build-core nanobind torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[torch,dev]'
