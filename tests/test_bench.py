@@ -1,0 +1,129 @@
+"""The bench's arithmetic, its table, and that it leaves no process behind."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from bench import core, harness, report
+
+
+def test_rate_counts_only_while_all_are_at_work() -> None:
+    """A slow worker that goes on alone does not dilute the rate."""
+    fast = harness.Trace([0.0, 1.0, 2.0, 3.0], [])
+    slow = harness.Trace([0.0, 1.5, 3.0, 4.5, 6.0], [])
+    assert harness.joint_rate([fast, slow]) == pytest.approx(1.0 + 2 / 3)
+
+
+def test_rate_of_one_step_that_ends_late_is_its_own() -> None:
+    assert harness.joint_rate([harness.Trace([0.0, 1.0], []), harness.Trace([0.0, 4.0], [])]) == pytest.approx(1.25)
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    """A machine that becomes twice as slow after a round changes no ratio."""
+    samples = harness.Samples(ours=[8.0, 4.0, 4.0], theirs=[4.0, 2.0, 2.0])
+    assert samples.ratio("ours", "theirs") == 2.0
+
+
+def test_rounds_alternate_and_the_first_is_thrown_away() -> None:
+    calls: list[str] = []
+
+    def note(name: str) -> float:
+        calls.append(name)
+        return len(calls)
+
+    samples = harness.interleave({name: partial(note, name) for name in "ab"}, rounds=2)
+    assert "".join(calls) == "ab" + "ab" + "ba"
+    assert samples == {"a": [3.0, 6.0], "b": [4.0, 5.0]}
+
+
+def test_a_step_before_the_first_is_not_measured() -> None:
+    trace = harness.run_steps(partial(next, count(1)), 3)
+    assert trace.values == [2, 3, 4]
+    assert len(trace.stamps) == 4
+
+
+def _result(value: float) -> report.Result:
+    checks = [report.Check("speed", value, 0.8), report.Check("memory", 90, 100, at_most=True)]
+    return report.Result("core.9", "something", "of it", checks, {"peer (steps/s)": 12345.6})
+
+
+def test_a_result_holds_when_every_part_does() -> None:
+    answer = json.loads(_result(0.8).json())
+    assert answer == {
+        "figure": "core.9",
+        "what": "something",
+        "value": 0.8,
+        "unit": "of it",
+        "beside": {"memory": 90, "peer (steps/s)": 12345.6},
+        "target": "≥ 0.8; memory ≤ 100",
+        "holds": True,
+    }
+
+
+def test_a_short_result_says_why() -> None:
+    answer = json.loads(_result(0.75).json())
+    assert not answer["holds"]
+    assert answer["reason"] == "speed is 0.75, not ≥ 0.8"
+    assert "**short**: speed is 0.75" in _result(0.75).row()
+
+
+def test_what_could_not_be_measured_is_short() -> None:
+    result = report.Result("core.9", "something", "of it", error="no | server\ntrace")
+    assert json.loads(result.json())["value"] is None
+    assert result.row().endswith("| **short**: no / server |")
+
+
+def test_the_table_goes_between_the_markers() -> None:
+    readme = f"# Title\n{report.START}\nstale\n{report.STOP}\nrest\n"
+    new = report.insert(readme, report.table([_result(1.0)], "a machine"))
+    assert new.startswith(f"# Title\n{report.START}\nMeasured on a machine.")
+    assert new.endswith(f"{report.STOP}\nrest\n")
+    assert "stale" not in new
+    assert report.insert(new, "x") == f"# Title\n{report.START}\nx\n{report.STOP}\nrest\n"
+
+
+def test_a_document_without_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected the lines"):
+        report.insert("# Title\n", "x")
+
+
+def test_resident_memory_is_summed_by_name() -> None:
+    shared = "7f00-7f10 rw-s 0 00:01 9   /memfd:gradients (deleted)\nSize: 8 kB\nRss:  1000 kB\n"
+    private = "7f10-7f20 rw-p 0 00:00 0\nRss: 500 kB\n"
+    assert core.resident_mb(2 * shared + private) == {"/memfd:gradients (deleted)": 2.048, "": 0.512}
+
+
+def test_own_time_is_that_of_the_worker_that_came_last() -> None:
+    traces = [harness.Trace([0.0, 5.0, 10.0], [0.1, 2.0]), harness.Trace([0.0, 5.0, 10.0], [1.0, 0.4])]
+    assert core.own_time_percent(traces) == pytest.approx(5.0)
+
+
+def stepper() -> harness.Step:
+    """Run in a process of the bench: a step that does nothing."""
+    return lambda: 7
+
+
+def failing() -> None:
+    """Run in a process of the bench."""
+    raise ValueError("no such thing")
+
+
+def test_a_fleet_ends_its_processes() -> None:
+    with harness.Fleet() as fleet:
+        process = fleet.start(f"{__name__}.stepper")
+        process.ready()
+        process.begin(3)
+        assert process.answer().values == [7, 7, 7]
+        folder = Path(fleet.folder)
+    assert not process.is_alive
+    assert not folder.exists()
+
+
+def test_a_process_that_fails_says_why() -> None:
+    with harness.Fleet() as fleet, pytest.raises(harness.BenchError, match=r"failing\(\) failed: no such thing"):
+        fleet.start(f"{__name__}.failing").ready()
