@@ -18,12 +18,13 @@ from types import ModuleType
 from headwater import _errors as errors
 from headwater import optim
 from headwater._consistency import Consistency, asp, bsp, ssp
+from headwater._data import Portion
 from headwater._server import Server
 from headwater._session import Session
 from headwater._session import connect_session as connect
 
 __version__ = "0.1.0"
-__all__ = ["Consistency", "Server", "Session", "asp", "bsp", "connect", "errors", "optim", "ssp"]
+__all__ = ["Consistency", "Portion", "Server", "Session", "asp", "bsp", "connect", "errors", "optim", "ssp"]
 
 
 def __getattr__(name: str) -> ModuleType:

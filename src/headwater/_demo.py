@@ -49,9 +49,8 @@ def run_demo(
             raise SettingError(f"Expected a saved run in {saved} to resume, got none: run without --resume first.")
         command += ["--resume", str(saved)]
     job = LocalJob(command, workers=workers, servers=servers, consistency=consistency, outputs=folder)
-    console.print(
-        f"Starting {servers} server and {workers} workers; their output goes to {folder}/worker-*.log", highlight=False
-    )
+    processes = f"{servers} server{'s' * (servers > 1)} and {workers} worker{'s' * (workers > 1)}"
+    console.print(f"Starting {processes}; their output goes to {folder}/worker-*.log", highlight=False)
     with terminate_as_interrupt(), job:
         try:
             with Display("GPT", console) as display:

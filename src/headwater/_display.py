@@ -95,21 +95,21 @@ class Display:
                 "" if loss is None else f"{loss:.3f}",
                 f"{self._rate('tokens', worker):,.0f}",
                 f"{self._rate('', worker):.1f}",
-                "" if worker.live else "left",
+                "" if worker.live else "gone",
             )
         return table
 
     def _rate(self, figure: str, worker: WorkerStats | None = None) -> float:
-        """Per second, of a counting figure or of pushes; of one worker or of all."""
+        """Per second, of a counting figure or of pushes; of one worker or of all. Over the whole job once it has ended."""
         (start_s, first), (end_s, last) = self._past[0], self._past[-1]
-        if end_s <= start_s:
-            return 0.0
 
         def total(stats: Stats) -> float:
             rows = [w for w in stats.workers if worker is None or w.index == worker.index]
             return sum(w.figures.get(figure, 0.0) if figure else w.pushes for w in rows)
 
-        return max(total(last) - total(first), 0.0) / (end_s - start_s)
+        if not any(w.live for w in last.workers):
+            return total(last) / max(last.seconds, 1e-9)
+        return max(total(last) - total(first), 0.0) / max(end_s - start_s, 1e-9)
 
     def _left(self, stats: Stats) -> str:
         left = _largest(stats, "seconds_left")
