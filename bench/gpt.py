@@ -5,45 +5,34 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from examples.gpt import BATCH, CONTEXT, GPT
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import headwater as hw
 from bench.harness import Step
 from bench.ours import connect
+from examples.gpt import BATCH, CONTEXT, GPT, VOCABULARY, loss_of
 
-VOCABULARY = 256
-LR = 3e-4
+SETTINGS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
-class Task:
-    """A model and a batch; no size given: the demo's. Every worker starts from the same parameters."""
-
-    def __init__(self, batch: int = 0, length: int = 0) -> None:
-        torch.manual_seed(0)
-        self.model = GPT(VOCABULARY)
-        tokens = torch.randint(VOCABULARY, (batch or BATCH, (length or CONTEXT) + 1))
-        self.x, self.y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-    def backward(self, model: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Leave the batch's gradients in the parameters."""
-        logits = model(self.x)
-        functional.cross_entropy(logits.flatten(0, 1), self.y.flatten()).backward()
+def task(batch: int, length: int) -> tuple[GPT, torch.Tensor]:
+    """Return a model and a batch, 0 being the demo's size; every worker starts from the same parameters."""
+    torch.manual_seed(0)
+    return GPT(), torch.randint(VOCABULARY, (batch or BATCH, (length or CONTEXT) + 1))
 
 
 def our_worker(address: str, workers: int, batch: int, length: int) -> Step:
     """Return a training step; it returns the seconds spent in `optimizer.step()`."""
-    task = Task(batch, length)
-    session = connect(address, workers)
-    optimizer = hw.torch.Optimizer(task.model, hw.optim.AdamW(lr=LR, clip_norm=1.0), session=session)
+    model, windows = task(batch, length)
+    settings = hw.optim.AdamW(**SETTINGS, clip_norm=1.0)
+    optimizer = hw.torch.Optimizer(model, settings, session=connect(address, workers))
 
     def step() -> float:
-        task.backward(task.model)
+        loss_of(model, windows).backward()
         start = time.perf_counter()
         optimizer.step()
         elapsed = time.perf_counter() - start
@@ -56,16 +45,17 @@ def our_worker(address: str, workers: int, batch: int, length: int) -> Step:
 def ddp_worker(rendezvous: str, index: int, workers: int, batch: int, length: int) -> Step:
     """Return the same training step under DDP."""
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=index, world_size=workers)
-    return _ddp_step(Task(batch, length), is_local=False)
+    return _ddp_step(batch, length, is_local=False)
 
 
-def _ddp_step(task: Task, *, is_local: bool) -> Step:
-    model = DistributedDataParallel(task.model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+def _ddp_step(batch: int, length: int, *, is_local: bool) -> Step:
+    module, windows = task(batch, length)
+    model = DistributedDataParallel(module)
+    optimizer = torch.optim.AdamW(model.parameters(), **SETTINGS, fused=True)
 
     def step() -> None:
         with model.no_sync() if is_local else contextlib.nullcontext():
-            task.backward(model)
+            loss_of(model, windows).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -82,7 +72,7 @@ def probe_communication(rendezvous: str, index: int, workers: int) -> tuple[int,
     found = []
     length = CONTEXT
     while length >= 1:
-        alone_s, together_s = (_seconds(_ddp_step(Task(1, length), is_local=is_local)) for is_local in (True, False))
+        alone_s, together_s = (_seconds(_ddp_step(1, length, is_local=is_local)) for is_local in (True, False))
         found.append((length, 1 - alone_s / together_s))
         length //= 2
     return min(found, key=lambda pair: abs(pair[1] - 0.5))

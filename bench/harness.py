@@ -59,7 +59,9 @@ class Process:
         spawn = multiprocessing.get_context("spawn")
         self._pipe, theirs = spawn.Pipe()
         self._process = spawn.Process(target=_live, args=(theirs, make, arguments, environment), daemon=True)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl+C is ours, who then close the pipe
         self._process.start()
+        signal.signal(signal.SIGINT, before)
         theirs.close()
         self._made: list[Any] = []
 
@@ -105,8 +107,6 @@ class Process:
 
 def _live(pipe: Connection, make: str, arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
     """The life of a process of the bench."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is the parent's: it closes the pipe
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(environment)
     try:
         module, _, function = make.rpartition(".")

@@ -9,7 +9,7 @@ import numpy as np
 from bench.harness import Step
 from bench.ours import optimizer_of
 from headwater import _kernels
-from headwater._memory import SharedBuffer
+from headwater._memory import SharedBuffer, zeroed
 
 
 class FusedPass:
@@ -24,7 +24,9 @@ class FusedPass:
         self._coefficients = np.full((1, len(gradients)), 1 / len(gradients))
 
     def _planes(self) -> list[np.ndarray]:
-        slots = [np.full(self.size, 0.0, np.float32) for _ in self._settings.slots]
+        slots = [zeroed(4 * self.size).view(np.float32) for _ in self._settings.slots]
+        for slot in slots:
+            slot.fill(0)  # so that its pages exist
         return [shared_array(self.size, 0.5), *slots]
 
     def __call__(self, side: int, start: int, stop: int, threads: int) -> None:

@@ -6,7 +6,7 @@ which one is faster depends on cores and workers:
     in turn   one block: all gradients in, one pass over the whole model, all parameters out
     duplex    small blocks: both ways are in use at once
 
-All buffers are shared memory: sockets copy to and from its small pages faster than huge ones, here by a third.
+All buffers begin on a page, for kernels and sockets alike.
 """
 
 from __future__ import annotations
