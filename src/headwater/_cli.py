@@ -186,5 +186,6 @@ def server(
 
 
 def _stop_with_input(stopped: threading.Event) -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # not sys.stdin: its lock would be held when the interpreter ends
+        pass
     stopped.set()

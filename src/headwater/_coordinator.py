@@ -299,7 +299,7 @@ class Coordinator:
         with self._changed:
             worker = self._require(identity)
             policy = self._require_policy()
-            self._check_seal(seal)
+            self._check_seal(identity, seal)
             entry = PushEntry(identity, seal.sequence, seal.weight, seal.scalars, seal.absent)
             worker.refusal = None
             commits, refusal = policy.push(entry)
@@ -322,9 +322,11 @@ class Coordinator:
         late = [str(self._workers[w]) for w in policy.waiting_for(identity)]
         return late + [f"worker {i}, which has not come yet" for i in policy.missing()]
 
-    def _check_seal(self, seal: Seal) -> None:
+    def _check_seal(self, identity: int, seal: Seal) -> None:
         if self._layout is None or self._optimizer is None or not self._is_initialised:
             raise ProtocolError("Expected parameters to be registered before a push.")
+        if self._holder is not None and self._holder[0] == identity:
+            raise ProtocolError("Expected Resume before a push of whoever holds commits back.")
         if not (math.isfinite(seal.weight) and seal.weight >= 0):
             raise SettingError(f"Expected a weight of 0 or more, got {seal.weight}.")
         if seal.absent and len(seal.absent) != -(-len(self._layout.specs) // 8):
@@ -466,7 +468,7 @@ class Coordinator:
     def hold(self, identity: int, tell: Tell) -> Held:
         """Keep commits waiting so that several planes can be read together, for HOLD_S at most."""
         with self._changed:
-            self._wait(lambda: not self._is_busy and not self._is_held(), lambda: ["another reader"], tell)
+            self._wait(lambda: not self._is_busy and not self._is_held(but=identity), lambda: ["another reader"], tell)
             self._holder = (identity, time.monotonic() + _limits.HOLD_S)
             specs: tuple[TensorSpec, ...] = self._layout.specs if self._layout else ()
             steps = self._plan.steps() if self._plan else ()
@@ -480,8 +482,9 @@ class Coordinator:
             self._drain()
             self._changed.notify_all()
 
-    def _is_held(self) -> bool:
-        return self._holder is not None and time.monotonic() < self._holder[1]
+    def _is_held(self, but: int | None = None) -> bool:
+        """Whether a reader keeps commits waiting, and is not `but`."""
+        return self._holder is not None and self._holder[0] != but and time.monotonic() < self._holder[1]
 
     def report(self, identity: int, figures: dict[str, float]) -> None:
         """Keep a worker's figures for the statistics."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from headwater._errors import HeadwaterError, HostError, UsageError
+from headwater._errors import HeadwaterError, HostError, PeerLostError
 from headwater._session import Session, connect_session
 
 START_S = 30.0  # a server must say where it listens by then
@@ -58,6 +58,7 @@ class LocalJob:
         try:
             for i in range(self.server_count):
                 self._start_server(i)
+            self.observer()  # now, so that the end of a server is seen at once later
             for i in range(self.worker_count):
                 self._start_worker(i)
         except BaseException:
@@ -130,7 +131,7 @@ class LocalJob:
     def wait(self, tick: Callable[[], None] | None = None, tick_s: float = 0.25) -> int:
         """Wait until the last worker has ended; returns the job's exit status.
 
-        0: every worker ended well. A worker that fails before the first commit ends the job at once with its status; later
+        0: every worker ended well. A worker that fails before it is in a commit ends the job at once with its status; later
         the others go on, and the job ends with the first bad status. `tick` is called every tick_s.
         """
         status, running = 0, len(self.workers)
@@ -148,16 +149,22 @@ class LocalJob:
             if code == 0:
                 continue
             status = status or (code if code > 0 else 128 - code)
-            if self._has_begun():
+            has_begun = self._has_begun(i)
+            if has_begun is None:
+                running = max(running, 1)  # the server's own end is on its way, and explains the worker's
+            elif has_begun:
                 _say(f"worker {i} ended {_describe(code)}; the others go on.")
             else:
-                _say(f"worker {i} ended {_describe(code)} before the first commit; the job ends.")
+                _say(f"worker {i} ended {_describe(code)} before its first commit; the job ends.")
                 return status
         return status
 
-    def _has_begun(self) -> bool:
+    def _has_begun(self, i: int) -> bool | None:
+        """Whether a worker has pushed, whatever the others have done without it in the meantime; None: no server says."""
         try:
-            return any(worker.pushes for worker in self.observer().stats().workers)
+            return any(worker.pushes for worker in self.observer().stats().workers if worker.index == i)
+        except PeerLostError:
+            return None
         except HeadwaterError:
             return False
 
@@ -193,10 +200,10 @@ def run_job(job: LocalJob, *, save: Path | None = None) -> int:
 def save_job(job: LocalJob, path: Path) -> bool:
     """Save what was learnt; returns whether there was anything. A second Ctrl+C gives up."""
     try:
+        if not any(worker.pushes for worker in job.observer().stats().workers):
+            _say("nothing was learnt yet, so nothing is saved.")
+            return False
         job.observer().save(path)
-    except UsageError:
-        _say("nothing to save yet.")
-        return False
     except HeadwaterError as error:
         _say(f"could not save: {error}")
         return False

@@ -75,6 +75,10 @@ from headwater._transport import (
 ROLES = ("worker", "data", "beat", "observer", "server", "coordinator")
 
 
+#: Folders of sockets are named by this, the process id and something random.
+_FOLDER = f"headwater-{os.geteuid()}-"
+
+
 def host_name() -> str:
     """Name this machine and user: processes for which it is equal can share memory."""
     with contextlib.suppress(OSError):
@@ -135,12 +139,12 @@ class Server:
 
     def _listen(self, address: Address) -> None:
         tcp = ""
+        _sweep_folders()
         if address.kind == "tcp":
             sock = listen(address)
             tcp = str(address._replace(port=sock.getsockname()[1]))
             self._accept_on(sock)
-            _sweep_folders()
-            self._folder = tempfile.mkdtemp(prefix=f"headwater-{os.geteuid()}-{os.getpid()}-")
+            self._folder = tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-")
             address = Address("unix", f"{self._folder}/socket", 0)
         self._accept_on(listen(address))
         self.address = ServerAddress(tcp, str(address), host_name())
@@ -207,10 +211,8 @@ class Server:
             connection.set_timeout(_limits.BEAT_LIMIT_S if handler.role == "beat" else None)
             while handler.handle():
                 pass
-        except PeerLostError:
-            pass
         except HeadwaterError as error:
-            _refuse(connection, error)
+            _refuse(connection, error)  # says nothing where it is this connection that was lost
         except Exception as error:
             _refuse(connection, InternalError(f"{type(error).__name__}: {error}. Please report this."))
             raise
@@ -249,8 +251,11 @@ class Server:
         if self.coordinator is not None:
             self.coordinator.close()
         if self.address.unix:
+            path = Path(Address.parse(self.address.unix).host)
             with contextlib.suppress(OSError):
-                Path(Address.parse(self.address.unix).host).unlink()
+                path.unlink()
+                if path.parent.name.startswith(_FOLDER):  # a launcher's, which may have been killed
+                    path.parent.rmdir()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
         self.stopped.set()
@@ -272,7 +277,7 @@ class _Handler:
         self._server, self._shard, self._coordinator = server, server.shard, server.coordinator
         self._connection, self._hello = connection, hello
         self._identity, self.role = hello.identity, hello.role
-        self._is_member = False
+        self._is_member = self._is_enrolled = False
         self._incoming: np.ndarray | None = None  # a plane that a Put brings
         self._carried = False  # whether a payload came with the push
 
@@ -285,6 +290,8 @@ class _Handler:
             self._job().beat(self._identity, self._connection)
         elif self.role == "data":
             answer = Here(self._server.address)
+        elif self.role == "coordinator" and self._coordinator is not None:
+            raise ProtocolError("Expected the coordinator at the job's further servers, got it at its own.")
         self._is_member = True
         if self.role == "worker":
             self._server.had_workers.set()
@@ -405,8 +412,13 @@ class _Handler:
         self._server.keep(back)
         back.set_timeout(_limits.SILENCE_S)
         job = self._job()
-        request(back, Hello(self._server.token, "coordinator", 0))
-        job.add_server(message.address, back)
+        try:
+            request(back, Hello(self._server.token, "coordinator", 0))
+            job.add_server(message.address, back)
+        except HeadwaterError:
+            back.close()
+            raise
+        self._is_enrolled = True
         self._answer(Done())
 
     def _job(self) -> Coordinator:
@@ -420,10 +432,9 @@ class _Handler:
             return
         if self.role == "worker":
             self._coordinator.leave(self._identity)
-        elif self.role == "observer":
-            self._coordinator.resume(self._identity)
-        elif self.role == "server":
+        elif self._is_enrolled:
             self._coordinator.lose_server(self._hello.label)
+        self._coordinator.resume(self._identity)
 
 
 def _refuse(connection: Connection, error: HeadwaterError) -> None:
@@ -443,7 +454,7 @@ def _label() -> str:
 
 def _sweep_folders() -> None:
     """Remove the socket folders of this user's servers that were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"headwater-{os.geteuid()}-*-*"):
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*-*"):
         process = folder.name.split("-")[2]
         if process.isdigit() and not Path(f"/proc/{process}").exists():
             shutil.rmtree(folder, ignore_errors=True)

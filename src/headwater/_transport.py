@@ -189,12 +189,12 @@ class SocketConnection:
         self.flush()
         if self._start + size > len(self._input) or self._start == self._stop:
             unread = self._input[self._start : self._stop]
-            if size > len(self._input):
-                self._input = bytearray(size)
             self._input[: len(unread)] = unread
             self._start, self._stop = 0, len(unread)
         try:
             while self._stop - self._start < size:
+                if self._stop == len(self._input):  # grows with what has come, not with what was promised
+                    self._input = self._input + bytes(min(self._stop, size - self._stop))
                 count = self._read(memoryview(self._input)[self._stop :], with_fds)
                 if count == 0:
                     raise self._lost(None)
