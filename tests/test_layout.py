@@ -216,6 +216,7 @@ def test_difference_says_what_differs_first(theirs: list[TensorSpec], sentence: 
         ([TensorSpec("a", (-2, -3), "float32")], r"with elements, got shape \(-2, -3\)"),
         ([TensorSpec("a", (2,), "float32", 1)], "a parameter group from 0 to 0, got 1 — tensor 'a'"),
         ([TensorSpec("a", (2,), "float32", -1)], "a parameter group from 0 to 0, got -1"),
+        ([TensorSpec("a", (1 << 38, 2), "float32")], "at most 1099511627776 bytes of parameters, got 2199023255552"),
     ],
 )
 def test_senseless_specs_are_refused(specs: list[TensorSpec], message: str) -> None:

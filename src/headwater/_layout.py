@@ -19,6 +19,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
+from headwater import _limits
 from headwater._errors import LayoutError
 
 BLOCK = 16384  # elements
@@ -242,6 +243,9 @@ def _check(specs: Sequence[TensorSpec]) -> None:
             raise LayoutError(
                 f"Expected a parameter group from 0 to {len(specs) - 1}, got {spec.group} — tensor {spec.name!r}."
             )
+    size = sum(spec.size * DTYPES[spec.dtype][0] for spec in specs)
+    if size > _limits.PAYLOAD_BYTES:
+        raise LayoutError(f"Expected at most {_limits.PAYLOAD_BYTES} bytes of parameters, got {size}.")
 
 
 def difference(ours: Sequence[TensorSpec], theirs: Sequence[TensorSpec]) -> str:
