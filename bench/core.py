@@ -126,7 +126,7 @@ def round_trip(fleet: Fleet) -> Answer:
         ours(fleet, "headwater, TCP", 16, "sgd", "bsp", "tcp", workers=1),
         ours(fleet, "headwater, shared memory", 16, "sgd", "bsp", "shm", workers=1),
     ]
-    samples = interleave({contestant.name: contestant.latency_us for contestant in contestants}, rounds=9)
+    samples = interleave({contestant.name: contestant.latency_us for contestant in contestants}, rounds=7)
     samples.show("µs")
     checks = [
         Check("echoes, over TCP", samples.ratio("headwater, TCP", "bare TCP echo"), 3, at_most=True),
@@ -176,10 +176,10 @@ def gpt(fleet: Fleet) -> Answer:
 
     def ddp(name: str, *size: int) -> Contestant:
         store = f"{fleet.folder}/{name}"
-        return Contestant(name, [fleet.start("bench.gpt.ddp_worker", store, i, 2, *size) for i in range(2)], turn_s=3)
+        return Contestant(name, [fleet.start("bench.gpt.ddp_worker", store, i, 2, *size) for i in range(2)], turn_s=2.0)
 
     def headwater(name: str, *size: int) -> Contestant:
-        return Contestant(name, start_workers(fleet, "bench.gpt.our_worker", *size), turn_s=3)
+        return Contestant(name, start_workers(fleet, "bench.gpt.our_worker", *size), turn_s=2.0)
 
     probes = [fleet.start("bench.gpt.probe_communication", f"{fleet.folder}/probe", i, 2) for i in range(2)]
     length, share = next(probe.ready() for probe in probes)

@@ -30,6 +30,8 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 ROUNDS = 5
+ROUNDS_MIN = 3  # however slow the machine is
+BUDGET_S = 110.0  # no round begins later than so long after the first
 TURN_S = 1.2  # a turn of a contestant
 ANSWER_S = 90.0  # until a process must be ready, or have finished its turn
 CLOSE_S = 3.0  # until a process that was asked to end is killed
@@ -292,14 +294,20 @@ class Samples(dict[str, list[float]]):
 
 
 def interleave(*contestants: Contestant | dict[str, Callable[[], float]], rounds: int = ROUNDS) -> Samples:
-    """Take every measurement once a round, in turn: contestants' rates, or anything by name. A first round is thrown away."""
+    """Take every measurement once a round, in turn: contestants' rates, or anything by name.
+
+    A first round is thrown away. On a machine that is too slow for all rounds there are fewer.
+    """
     measures: dict[str, Callable[[], float]] = {}
     for each in contestants:
         measures |= each if isinstance(each, dict) else {each.name: each.rate}
     samples = Samples({name: [] for name in measures})
+    start = time.perf_counter()
     for name in measures:
         measures[name]()
     for i in range(rounds):
+        if i >= ROUNDS_MIN and time.perf_counter() - start > BUDGET_S:
+            break
         for name in reversed(measures) if i % 2 else measures:
             samples[name].append(measures[name]())
     return samples
