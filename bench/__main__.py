@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,7 +29,8 @@ def measure(name: str, machine: str) -> report.Result:
         with Fleet() as fleet:
             checks, beside = figure(fleet)
         result = report.Result(name, what, unit, checks, beside)
-    except BenchError as error:
+    except (BenchError, OSError, subprocess.SubprocessError) as error:
+        print(error)
         result = report.Result(name, what, unit, error=str(error))
     for check in result.checks:
         print(f"  {check.name:<60} {check.rounded:>9g}  {check.target:<8} {'holds' if check.holds else 'SHORT'}")

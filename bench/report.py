@@ -54,7 +54,9 @@ class Result:
     @property
     def reason(self) -> str:
         """Why it falls short; empty when it holds."""
-        return self.error or "; ".join(f"{c.name} is {c.rounded:g}, not {c.target}" for c in self.checks if not c.holds)
+        return self.error.partition("\n")[0] or "; ".join(
+            f"{c.name} is {c.rounded:g}, not {c.target}" for c in self.checks if not c.holds
+        )
 
     @property
     def target(self) -> str:
@@ -78,7 +80,7 @@ class Result:
         value = f"{self.checks[0].rounded:g} {self.unit}" if self.checks else "—"
         beside = [f"{c.name} {c.rounded:g} ({c.target})" for c in self.checks[1:]]
         beside += [f"{name} {_plain(number)}" for name, number in self.beside.items()]
-        verdict = "holds" if self.holds else f"**short**: {self.reason.splitlines()[0]}"
+        verdict = "holds" if self.holds else f"**short**: {self.reason}"
         headline = self.checks[0].target if self.checks else "—"
         cells = (self.figure, self.what, f"**{value}**", headline, "; ".join(beside), verdict)
         return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
