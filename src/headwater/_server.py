@@ -189,6 +189,11 @@ class Server:
         """Join a job as a further server; the coordinator then connects back to us. Its end is ours."""
         connection = connect(join)
         self.keep(connection)
+        tcp = self.address.tcp
+        if tcp and connection.own_host and Address.parse(tcp).host in ("0.0.0.0", "::"):
+            # Listening everywhere: workers find us where the coordinator does.
+            tcp = str(Address.parse(tcp)._replace(host=connection.own_host))
+            self.address = ServerAddress(tcp, self.address.unix, self.address.host)
         request(connection, Hello(self.token, "server", 0, label=_label()))
         request(connection, Enroll(self.address))
 

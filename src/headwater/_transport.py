@@ -99,6 +99,11 @@ class SocketConnection:
         """Return the socket's descriptor."""
         return self._socket.fileno()
 
+    @property
+    def own_host(self) -> str:
+        """Our end's address, as the peer sees it where no router rewrites it; empty for Unix sockets."""
+        return "" if self.can_share else str(self._socket.getsockname()[0])
+
     def send(self, message: AnyMessage, payload: memoryview | None = None, fds: Sequence[int] = ()) -> None:
         self.hold(message, payload)
         if fds:
