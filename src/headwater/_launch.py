@@ -24,6 +24,7 @@ from headwater._errors import HeadwaterError, HostError, PeerLostError
 from headwater._session import Session, connect_session
 
 START_S = 30.0  # a server must say where it listens by then
+SETTLE_S = 2.0  # for a server that does not answer to be seen as ended
 INTERRUPT_S = 5.0  # then SIGTERM
 TERMINATE_S = 3.0  # then SIGKILL
 
@@ -142,22 +143,28 @@ class LocalJob:
                 if tick is not None:
                     tick()
                 continue
-            if kind == "server":
-                _say(f"server {i} ended {_describe(code)}; the job cannot go on.")
-                return status or 1
-            running -= 1
-            if code == 0:
+            if kind == "worker" and code == 0:
+                running -= 1
                 continue
-            status = status or (code if code > 0 else 128 - code)
-            has_begun = self._has_begun(i)
-            if has_begun is None:
-                running = max(running, 1)  # the server's own end is on its way, and explains the worker's
-            elif has_begun:
-                _say(f"worker {i} ended {_describe(code)}; the others go on.")
-            else:
+            has_begun = kind == "worker" and self._has_begun(i)
+            server = self._find_ended_server(SETTLE_S if has_begun is None else SETTLE_S / 10)
+            if server is not None:  # which explains the worker's end, too
+                _say(f"server {server} ended {_describe(self.servers[server].returncode)}; the job cannot go on.")
+                return status or 1
+            running, status = running - 1, status or (code if code > 0 else 128 - code)
+            if not has_begun:
                 _say(f"worker {i} ended {_describe(code)} before its first commit; the job ends.")
                 return status
+            _say(f"worker {i} ended {_describe(code)}; the others go on.")
         return status
+
+    def _find_ended_server(self, patience_s: float) -> int | None:
+        """Return a server that has ended, or does so in the next moments."""
+        for i, server in enumerate(self.servers):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(patience_s / len(self.servers))
+                return i
+        return None
 
     def _has_begun(self, i: int) -> bool | None:
         """Whether a worker has pushed, whatever the others have done without it in the meantime; None: no server says."""
