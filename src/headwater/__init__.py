@@ -28,6 +28,6 @@ __all__ = ["Consistency", "Portion", "Server", "Session", "asp", "bsp", "connect
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in ("testing", "torch"):  # adapters load when they are first named
+    if name == "torch":  # adapters load when they are first named
         return importlib.import_module(f"headwater.{name}")
     raise AttributeError(f"module 'headwater' has no attribute {name!r}")

@@ -176,6 +176,7 @@ class SocketConnection:
         packed = struct.pack("ll", int(value), int(value % 1 * 1e6))
         with contextlib.suppress(OSError):
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, packed)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, packed)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
