@@ -14,7 +14,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import safetensors.numpy
 
 from headwater._errors import StorageError
 from headwater._layout import DTYPES, Layout
@@ -55,6 +54,8 @@ class Checkpoint:
     def write(self, path: Path) -> None:
         """Write the directory aside, sync it, and put it in the place of what was there. Raises StorageError."""
         aside = path.with_name(f".{path.name}.{os.getpid()}")
+        import safetensors.numpy  # here, so that start-up does not pay for it
+
         names = list(self.planes["master"])
         job = _Job(
             FORMAT,
@@ -85,6 +86,8 @@ class Checkpoint:
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
         """Read a directory that `write` made. Raises StorageError naming the file."""
+        import safetensors.numpy
+
         file = path / "job.json"
         try:
             job = msgspec.json.decode(file.read_bytes(), type=_Job)

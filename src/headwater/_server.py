@@ -67,6 +67,7 @@ from headwater._transport import (
     SocketConnection,
     check_user,
     connect,
+    host_name,
     listen,
     memory_pair,
     request,
@@ -77,15 +78,6 @@ ROLES = ("worker", "data", "beat", "observer", "server", "coordinator")
 
 #: Folders of sockets are named by this, the process id and something random.
 _FOLDER = f"headwater-{os.geteuid()}-"
-
-
-def host_name() -> str:
-    """Name this machine and user: processes for which it is equal can share memory."""
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        space = Path("/proc/self/ns/mnt").readlink()
-        return f"{boot}/{space}/{os.geteuid()}"
-    return f"{socket.gethostname()}/{os.geteuid()}"
 
 
 class Server:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import secrets
 import socket
 import time
 import weakref
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -65,10 +64,12 @@ from headwater._messages import (
     encode,
 )
 from headwater._plan import pack_absent
-from headwater._server import Server, host_name
-from headwater._transport import Address, Connection, connect, request
+from headwater._transport import Address, Connection, connect, host_name, request
 from headwater._wire import pack_header
 from headwater.optim import SGD, AnyOptimizer
+
+if TYPE_CHECKING:
+    from headwater._server import Server
 
 _log = logging.getLogger("headwater")
 _M = TypeVar("_M")
@@ -153,6 +154,8 @@ class Session:
         self.staleness = 0  #: commits by others between this worker's last pull and its last push
         self.state = JobState(self)
         if address is None:
+            from headwater._server import Server  # only who serves pays for it at start
+
             self._server = Server(token=hello.token, consistency=hello.consistency, workers=1)
             self._control: Connection = self._server.connect_memory()
         else:
@@ -560,6 +563,7 @@ class Session:
             connection.close()
         if self._server is not None:
             self._server.close()
+            self._server = None  # its memory goes with it
 
     def abandon(self) -> None:
         """Drop this process's copies of the connections without a word; for forked children."""
@@ -667,7 +671,7 @@ def connect_session(
     hello = Hello(
         token=token if token is not None else os.environ.get("HEADWATER_TOKEN", ""),
         role=role,
-        identity=secrets.randbits(63),
+        identity=int.from_bytes(os.urandom(8), "little") >> 1,
         index=_environment_number("HEADWATER_WORKER", -1) if role == "worker" else -1,
         workers=(_environment_number("HEADWATER_WORKERS", 0) if workers is None else workers) if text else 0,
         consistency=consistency,

@@ -117,6 +117,7 @@ class Optimizer(torch.optim.Optimizer):
         if not self._on_worker:
             for (_, parameter, _), view in zip(self._parameters, side, strict=True):
                 parameter.data = view
+                torch.autograd.graph.increment_version(parameter)  # a graph from before the step is stale, and told so
         elif first:
             for (_, parameter, _), view in zip(self._parameters, side, strict=True):
                 parameter.data.copy_(view)
@@ -231,8 +232,11 @@ class Optimizer(torch.optim.Optimizer):
         """
         if self.inner is not None and self._on_worker:
             self.inner.load_state_dict(state_dict)
+            self.param_groups = self.inner.param_groups
             return
         super().load_state_dict(state_dict)
+        if self.inner is not None:
+            self.inner.param_groups = self.param_groups  # still the same for its scheduler
         self.state.clear()
         order = [p for group in self.param_groups for p in group["params"]]
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -291,7 +295,9 @@ def _map_optimizer(inner: torch.optim.Optimizer) -> optim.AnyOptimizer:
         raise SettingError(
             f"Expected one of torch.optim's {known}, got {type(inner).__name__}: use where='worker' for any optimizer."
         )
-    if inner.state:
+    if any(
+        state and float(state.get("step", 1)) > 0 for state in inner.state.values()
+    ):  # Adagrad's is there from the start
         raise SettingError(
             "Expected a torch.optim object that has made no step, got one with state: load_state_dict() it instead."
         )
