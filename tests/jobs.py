@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -36,9 +37,11 @@ class Job:
 
     def run(self, body: Callable[[hw.Session], T]) -> list[T]:
         """Run the body once per worker, in threads; returns what it returned, by worker index."""
+        everybody_is_there = threading.Barrier(self.workers)  # else one that ends early gives its index to a late one
 
         def work(_: int) -> tuple[int, T]:
             with self.connect() as session:
+                everybody_is_there.wait(PATIENCE_S)
                 return session.index, body(session)
 
         with ThreadPoolExecutor(self.workers) as pool:
