@@ -669,17 +669,79 @@ bool apply_block(const Pass& pass, int64_t block) {
   return true;
 }
 
+// Four numbers that the compiler keeps in registers.
+template <class T>
+struct Four;
+template <>
+struct Four<float> {
+  typedef float Vector __attribute__((vector_size(16)));
+};
+template <>
+struct Four<double> {
+  typedef double Vector __attribute__((vector_size(32)));
+};
+using FourDoubles = Four<double>::Vector;
+
+template <class T>
+inline typename Four<T>::Vector four_at(const T* values) {
+  typename Four<T>::Vector four;
+  std::memcpy(&four, values, sizeof four);
+  return four;
+}
+
+template <class Vector>
+inline FourDoubles square_of(Vector four) {
+  const FourDoubles x = __builtin_convertvector(four, FourDoubles);
+  return x * x;
+}
+
+// The two contributions that a run sums, and nothing else: then their sum need not go through memory.
+template <class T>
+struct Pair {
+  const T* g = nullptr;
+  const T* h = nullptr;
+  T g_share = 0, h_share = 0;
+
+  Pair() = default;
+  Pair(const Commit& commit, const Run* run) {
+    const double* coefficients = commit.coefficients + (run - commit.runs) * commit.contribution_count;
+    int found = 0;
+    for (int64_t i = 0; i < commit.contribution_count; i++) {
+      if (coefficients[i] == 0.0) continue;
+      (found == 0 ? g : h) = static_cast<const T*>(commit.contributions[i]);
+      (found == 0 ? g_share : h_share) = static_cast<T>(coefficients[i]);
+      found++;
+    }
+    if (found != 2) g = h = nullptr;
+  }
+
+  inline FourDoubles square_at(int64_t i) const { return square_of(g_share * four_at(g + i) + h_share * four_at(h + i)); }
+};
+
 // Lane i of 16 takes the elements i, i + 16, … of the block; then lane i takes lane i + 8, i + 4, i + 2, i + 1.
 template <class W>
 double square_block(const Commit& commit, int64_t elements, int64_t block) {
   using T = typename W::Master;
   const int64_t first = block * kBlock, limit = least(first + kBlock, elements);
   alignas(64) T gradient[kChunk];
-  alignas(64) double lanes[16] = {};
+  FourDoubles a = {}, b = {}, c = {}, d = {};  // lanes 0–3, 4–7, 8–11, 12–15
   const Run* run = run_at(commit, first);
   for (int64_t at = first; at < limit; at += kChunk) {
     const int64_t end = least(at + kChunk, limit);
-    std::memset(gradient, 0, sizeof gradient);  // what no run covers adds nothing
+    const bool is_covered = run < commit.runs + commit.run_count && run->row >= 0 && run->start <= at && run->stop >= end;
+    if constexpr (!W::kNarrow) {
+      const Pair<T> pair = is_covered && end - at == kChunk ? Pair<T>(commit, run) : Pair<T>();
+      if (pair.g != nullptr) {
+        for (int64_t i = at; i < end; i += 16) {
+          a += pair.square_at(i);
+          b += pair.square_at(i + 4);
+          c += pair.square_at(i + 8);
+          d += pair.square_at(i + 12);
+        }
+        continue;
+      }
+    }
+    if (!is_covered || end - at < kChunk) std::memset(gradient, 0, sizeof gradient);  // what no run covers adds nothing
     for (const Run* r = run; r < commit.runs + commit.run_count && r->start < end; r++) {
       if (r->stop <= at) {
         run = r + 1;
@@ -691,16 +753,14 @@ double square_block(const Commit& commit, int64_t elements, int64_t block) {
                    gradient + (start - at));
     }
     for (int64_t i = 0; i < kChunk; i += 16) {
-      for (int lane = 0; lane < 16; lane++) {
-        const double x = static_cast<double>(gradient[i + lane]);
-        lanes[lane] += x * x;
-      }
+      a += square_of(four_at(gradient + i));
+      b += square_of(four_at(gradient + i + 4));
+      c += square_of(four_at(gradient + i + 8));
+      d += square_of(four_at(gradient + i + 12));
     }
   }
-  for (int width = 8; width > 0; width /= 2) {
-    for (int lane = 0; lane < width; lane++) lanes[lane] += lanes[lane + width];
-  }
-  return lanes[0];
+  const FourDoubles four = (a + c) + (b + d);
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 template <class W>
