@@ -4,8 +4,8 @@
     headwater run -n 2 examples/gpt.py        # the same without the display
     python examples/gpt.py                    # one worker, the server inside its process
 
-What Headwater adds to an ordinary training script stands in `main` (connect, load, the optimizer, save), in `train` (shard,
-clock, report) and in `Run` (state).
+What Headwater adds to an ordinary training script: `main` connects, loads and saves, `make_optimizer` hands over the model, `train`
+takes this worker's part of the data and reports, and `Run` agrees with the other workers on when to stop.
 """
 
 from __future__ import annotations
@@ -48,25 +48,28 @@ class Tokenizer:
     @classmethod
     def learn(cls, text: str, size: int = VOCABULARY) -> Tokenizer:
         """Start from bytes; join the neighbours that are most often side by side within words, again and again."""
-        words = Counter(re.findall(r"\s*\w+|\s*[^\w\s]+|\s+", text)).most_common(5000)
-        counts = [(word.encode().decode("latin-1"), count) for word, count in words]
-        pieces = [chr(byte) for byte in range(256)]
-        while len(pieces) < size:
-            split, pairs = cls(pieces)._pattern.findall, Counter[str]()
+        counts = Counter(re.findall(r" ?\w+| ?[^\w\s]+|\s+(?= )|\s+", _spell(text))).most_common(5000)
+        tokenizer = cls([chr(byte) for byte in range(256)])
+        for _ in range(256, size, 32):
+            pairs = Counter[str]()
             for word, count in counts:
-                parts = split(word)
-                for left, right in pairwise(parts):
+                for left, right in pairwise(tokenizer._pattern.findall(word)):
                     pairs[left + right] += count
-            if not pairs:
-                break
-            pieces += [pair for pair, _ in pairs.most_common(min(32, size - len(pieces)))]
-        return cls(pieces)
+            joined = [pair for pair, _ in pairs.most_common(32)]
+            tokenizer = cls(tokenizer.pieces + joined)
+        return tokenizer
 
     def encode(self, text: str) -> Tensor:  # int64, (tokens,)
-        return torch.tensor([self._ids[piece] for piece in self._pattern.findall(text.encode().decode("latin-1"))])
+        return torch.tensor([self._ids[piece] for piece in self._pattern.findall(_spell(text))])
 
     def decode(self, tokens: Tensor) -> str:
-        return "".join(self.pieces[i] for i in tokens.tolist()).encode("latin-1").decode("utf-8", errors="replace")
+        spelled = "".join(self.pieces[i] for i in tokens.tolist())
+        return spelled.replace("\n ", "\n").encode("latin-1").decode("utf-8", errors="replace")
+
+
+def _spell(text: str) -> str:
+    """Return the text's bytes as Latin-1, one space more at the start of each line: its first word then looks more like the others."""
+    return text.encode().decode("latin-1").replace("\n", "\n ")
 
 
 class Block(nn.Module):
@@ -196,7 +199,8 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: run.rate)
     count = 0
     while not run.is_over:
-        chance = torch.Generator().manual_seed(hash((options.seed, session.clock, session.index)))
+        seed = hash((options.seed, session.clock, session.index))  # other windows in each worker; a resumed job goes on
+        chance = torch.Generator().manual_seed(seed)
         places = torch.randint(len(part), (options.batch,), generator=chance)
         loss = loss_of(model, torch.stack([part[place] for place in places.tolist()]))
         loss.backward()
@@ -231,6 +235,7 @@ def sample(model: GPT, tokenizer: Tokenizer, prompt: str, length: int, temperatu
     while len(written) < length:
         logits = model(tokens[None, -CONTEXT:])[0, -1, : len(tokenizer.pieces)]
         chances = torch.softmax(logits / temperature, dim=0)
+        chances[chances < 0.05 * chances.max()] = 0.0  # what is far less likely than the likeliest is mostly noise
         tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=generator)])
         written = tokenizer.decode(tokens)[len(prompt) :]
     return prompt + written[:length]
@@ -267,7 +272,8 @@ def make_optimizer(model: GPT, session: hw.Session) -> torch.optim.Optimizer:
     others = [p for p in model.parameters() if p.dim() < 2]  # norms: they are not to decay
     settings = hw.optim.AdamW(lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.1, clip_norm=1.0)
     groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    return hw.torch.Optimizer(model, settings, groups=groups, session=session)
+    optimizer: torch.optim.Optimizer = hw.torch.Optimizer(model, settings, groups=groups, session=session)
+    return optimizer
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
