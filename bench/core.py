@@ -234,12 +234,13 @@ def footprint(fleet: Fleet) -> Answer:
         end_command(child)
         return elapsed
 
-    count = f"import headwater, sys; print(len(set({FRAMEWORKS}) & set(sys.modules)))"
+    count = f"import sys; from headwater import *; print(len(set({FRAMEWORKS}) & set(sys.modules)))"
     frameworks = subprocess.run([sys.executable, "-c", count], stdout=subprocess.PIPE, text=True, check=True).stdout
     programs = {
         "python": "pass",
         "python, import numpy": "import numpy",
         "python, import headwater": "import headwater",
+        "python, from headwater import *": "from headwater import *",
     }
     measures = {name: python(code) for name, code in programs.items()}
     samples = interleave(measures | {"headwater server, until it accepts": accepting_s}, rounds=7)

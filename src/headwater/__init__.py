@@ -7,7 +7,8 @@
     session.step({"w": gradient})                             # push, wait, pull
     session.parameters["w"]
 
-With PyTorch, `import headwater.torch` gives `hw.torch.Optimizer`; importing headwater imports no framework.
+With PyTorch there is `hw.torch.Optimizer`. Importing headwater imports no framework: every name here loads its module, and
+NumPy, when it is first used.
 """
 
 from __future__ import annotations
@@ -15,24 +16,39 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from headwater import _errors as errors
-from headwater import optim
-from headwater._consistency import Consistency, asp, bsp, ssp
-from headwater._data import Portion
-from headwater._session import Session
-from headwater._session import connect_session as connect
-
 if TYPE_CHECKING:
+    from headwater import _errors as errors
+    from headwater import optim
+    from headwater._consistency import Consistency, asp, bsp, ssp
+    from headwater._data import Portion
     from headwater._server import Server
+    from headwater._session import Session
+    from headwater._session import connect_session as connect
 
 __version__ = "0.1.0"
 __all__ = ["Consistency", "Portion", "Server", "Session", "asp", "bsp", "connect", "errors", "optim", "ssp"]
 
+#: Public name → where it lives: a module, or a module and the name there.
+_HOMES = {
+    "Consistency": "_consistency:Consistency",
+    "Portion": "_data:Portion",
+    "Server": "_server:Server",
+    "Session": "_session:Session",
+    "asp": "_consistency:asp",
+    "bsp": "_consistency:bsp",
+    "connect": "_session:connect_session",
+    "errors": "_errors",
+    "optim": "optim",
+    "ssp": "_consistency:ssp",
+    "torch": "torch",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # What not everybody needs loads when it is first named.
-    if name == "torch":
-        return importlib.import_module("headwater.torch")
-    if name == "Server":
-        return importlib.import_module("headwater._server").Server
-    raise AttributeError(f"module 'headwater' has no attribute {name!r}")
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'headwater' has no attribute {name!r}")
+    module, _, attribute = home.partition(":")
+    found = importlib.import_module(f"headwater.{module}")
+    globals()[name] = found = getattr(found, attribute) if attribute else found
+    return found

@@ -6,6 +6,8 @@ payload (`_wire`). Only the kinds that say so below carry a payload. Decoding ne
 
 from __future__ import annotations
 
+from functools import cache
+
 import msgspec
 
 from headwater._consistency import Consistency
@@ -314,7 +316,11 @@ AnyMessage = (
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+@cache  # made at the first message rather than at import: it looks at every field of every kind
+def _decoder() -> msgspec.msgpack.Decoder[AnyMessage]:
+    return msgspec.msgpack.Decoder(AnyMessage)
 
 
 def encode(message: AnyMessage) -> bytes:
@@ -325,6 +331,6 @@ def encode(message: AnyMessage) -> bytes:
 def decode(data: bytes | memoryview) -> AnyMessage:
     """Return the message that `data` holds. Raises ProtocolError."""
     try:
-        return _decoder.decode(data)
+        return _decoder().decode(data)
     except (msgspec.DecodeError, ValueError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"Expected a Headwater message, got {len(data)} bytes that are none: {error}.") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import socket
 import time
@@ -17,7 +16,6 @@ import msgspec
 import numpy as np
 
 from headwater import _kernels, _limits
-from headwater._checkpoint import Checkpoint
 from headwater._consistency import Consistency
 from headwater._data import Portion, Sized
 from headwater._errors import (
@@ -69,9 +67,9 @@ from headwater._wire import pack_header
 from headwater.optim import SGD, AnyOptimizer
 
 if TYPE_CHECKING:
+    from headwater._checkpoint import Checkpoint
     from headwater._server import Server
 
-_log = logging.getLogger("headwater")
 _M = TypeVar("_M")
 _open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
@@ -495,6 +493,8 @@ class Session:
         """
         if self._layout is not None:
             raise UsageError("Expected load() before parameters are registered: call it before the optimizer is made.")
+        from headwater._checkpoint import Checkpoint
+
         self._saved = Checkpoint.open(Path(path))
 
     def read_optimizer(self) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, int]]:
@@ -516,6 +516,8 @@ class Session:
         """Collect every plane from every server while commits are held."""
         if not held.tensors or held.optimizer is None:
             raise UsageError("Expected a job with registered parameters, got one that has none yet.")
+        from headwater._checkpoint import Checkpoint
+
         layout = Layout(held.tensors)
         planes: dict[str, dict[str, np.ndarray]] = {}
         for plane in ("master", *held.optimizer.slots):
@@ -625,7 +627,7 @@ class Session:
                     f"Expected {answer.__name__} within {self._timeout_s:g} s, got none: waiting for {names}, "
                     f"at clock {self.clock}. Start what is missing, or raise timeout_s in connect()."
                 )
-            _log.warning("waiting for %s, %.0f s so far", names, message.seconds)
+            _warn(f"waiting for {names}, {message.seconds:.0f} s so far")
 
     def _require_open(self) -> None:
         if self._pid != os.getpid():
@@ -703,6 +705,12 @@ def _environment_number(name: str, default: int) -> int:
     if not text.isdigit():
         raise SettingError(f"Expected {name} to be a whole number of 0 or more, got {text!r}.")
     return int(text)
+
+
+def _warn(text: str) -> None:
+    import logging  # here, so that start-up does not pay for it
+
+    logging.getLogger("headwater").warning(text)
 
 
 def _few(names: Mapping[str, Any]) -> str:
