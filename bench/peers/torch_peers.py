@@ -69,16 +69,16 @@ def _push(gradient: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
     return _jobs[0].push(gradient)
 
 
-def rpc_server(rendezvous: str, workers: int, parameters: int) -> str:
-    """Be the server."""
+def rpc_server(rendezvous: str, workers: int, parameters: int, over_tcp: bool) -> str:
+    """Be the server. over_tcp: keep TensorPipe from the shared memory that it takes within one machine."""
     _jobs.append(_Job(parameters, workers))
-    _join(rendezvous, 0, workers)
+    _join(rendezvous, 0, workers, over_tcp)
     return "up"
 
 
-def rpc_worker(index: int, rendezvous: str, workers: int, parameters: int) -> Step:
+def rpc_worker(index: int, rendezvous: str, workers: int, parameters: int, over_tcp: bool) -> Step:
     """Return a step that calls the server with a gradient and gets the parameters."""
-    _join(rendezvous, 1 + index, workers)
+    _join(rendezvous, 1 + index, workers, over_tcp)
     gradient = torch.full((parameters,), 1e-6)
 
     def step() -> Any:
@@ -87,6 +87,10 @@ def rpc_worker(index: int, rendezvous: str, workers: int, parameters: int) -> St
     return step
 
 
-def _join(rendezvous: str, rank: int, workers: int) -> None:
-    options = rpc.TensorPipeRpcBackendOptions(init_method=f"file://{rendezvous}")
+def _join(rendezvous: str, rank: int, workers: int, over_tcp: bool) -> None:
+    options = rpc.TensorPipeRpcBackendOptions(
+        init_method=f"file://{rendezvous}",
+        _transports=["uv"] if over_tcp else None,
+        _channels=["basic"] if over_tcp else None,
+    )
     rpc.init_rpc(str(rank), rank=rank, world_size=1 + workers, rpc_backend_options=options)
