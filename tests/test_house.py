@@ -102,7 +102,8 @@ def run(code: str) -> str:
 
 def test_no_framework_is_imported() -> None:
     """Nor by what a server's process needs."""
-    code = f"import sys; from headwater import *; import headwater._cli, headwater._launch; print([m for m in {FRAMEWORKS} if m in sys.modules])"
+    code = "import sys; from headwater import *; import headwater._cli, headwater._launch;"
+    code += f"print([m for m in {FRAMEWORKS} if m in sys.modules])"
     assert run(code) == "[]"
 
 
