@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,12 +89,14 @@ def _show_logs(console: Console, folder: Path) -> None:
 
 
 def _say_next(console: Console, saved: Path, source: list[str]) -> None:
-    again = " ".join(["headwater", "demo", "--resume", *source])
+    # As this person can type it: in a virtual environment that is not active the command is no word yet.
+    command = "headwater" if shutil.which("headwater") else os.path.relpath(Path(sys.executable).with_name("headwater"))
+    again = " ".join([command, "demo", "--resume", *source])
     console.print(
         f"The model is {saved}/model.safetensors. Next:\n"
         f"  {again}\n"
-        f"  headwater run -n 2 {example_path()} --help\n"
-        f"  headwater demo --text your-own.txt",
+        f"  {command} run -n 2 {os.path.relpath(example_path())} --minutes 2\n"
+        f"  {command} demo --text your-own.txt",
         markup=False,
         highlight=False,
         soft_wrap=True,
