@@ -453,5 +453,16 @@ def _sweep_folders() -> None:
     """Remove the socket folders of this user's servers that were killed."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*-*"):
         process = folder.name.split("-")[2]
-        if process.isdigit() and not Path(f"/proc/{process}").exists():
+        gone = process.isdigit() and not Path(f"/proc/{process}").exists()
+        if gone and not any(_is_heard(path) for path in folder.glob("*")):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_heard(path: Path) -> bool:
+    """Whether somebody listens there: a process that is unknown here may live in another container."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+        return True
