@@ -116,7 +116,6 @@ class Server:
         self._is_closed = False
         self._folder: str | None = None
         self.stopped = threading.Event()
-        self.had_workers = threading.Event()
         self.address = ServerAddress("", "", host_name())
         try:
             if listen_on is not None:
@@ -290,8 +289,6 @@ class _Handler:
         elif self.role == "coordinator" and self._coordinator is not None:
             raise ProtocolError("Expected the coordinator at the job's further servers, got it at its own.")
         self._is_member = True
-        if self.role == "worker":
-            self._server.had_workers.set()
         self._connection.send(answer)
 
     def handle(self) -> bool:
