@@ -744,7 +744,7 @@ def test_the_budget_is_never_exceeded(evict: str, admit_after: int) -> None:
     """New ids, old ids, all ids of one bucket, imports, deletions, followers who do not ask; checked after every call."""
     rng = np.random.default_rng(5)
     budget = 1_500_000
-    options = {"budget_bytes": budget, "evict": evict, "admit_after": admit_after, "decay": 0.9, "expire_steps": 200}
+    options = {"budget_bytes": budget, "evict": evict, "admit_after": admit_after, "decay": 0.9, "expire_steps": 60}
     table = make_table(RULES[2], 12, threads=2, **options)
     limit = table.stats()["rows_max"]
     assert budget / limit < 1.6 * (16 + 13 * 4)
@@ -765,6 +765,7 @@ def test_the_budget_is_never_exceeded(evict: str, admit_after: int) -> None:
             table.put(ids, values, values[:, 0].copy(), np.full(len(ids), step), step=step, now=0.0)
         else:
             push(table, RULES[2], ids, values[:, :12].copy(), step)
+        table.sweep(step=step, now=0.0)
         if turn % 50 == 20:
             table.track(f"follower {turn % 200}")
         most = max(most, table.bytes)
