@@ -199,7 +199,7 @@ def gpt(fleet: Fleet) -> Answer:
     # What any training does in its optimizer is no overhead: the update itself, as the bare kernel makes it.
     cores = len(os.sched_getaffinity(0))
     update = Contestant(
-        "bare Adam", [fleet.start("bench.peers.kernel.bare_kernel", "adam", GPT_PARAMETERS, 2, cores)], worth=2
+        "bare Adam", [fleet.start("bench.peers.kernel.bare_kernel", "adam, clipped", GPT_PARAMETERS, 2, cores)], worth=2
     )
     samples = interleave({"headwater": rate_and_own_time}, ddp("DDP", 0, 0), *small, update)
     samples.show(STEPS)

@@ -20,6 +20,8 @@ def optimizer_of(name: str) -> hw.optim.SGD | hw.optim.Adam:
             return hw.optim.SGD(lr=1e-3, clip_norm=1.0)
         case "adam":
             return hw.optim.Adam(lr=1e-3)
+        case "adam, clipped":
+            return hw.optim.Adam(lr=1e-3, clip_norm=1.0)
     raise ValueError(name)
 
 

@@ -59,7 +59,7 @@ from headwater._messages import (
     Welcome,
     WorkerStats,
 )
-from headwater._plan import Plan
+from headwater._plan import Plan, scaled
 from headwater._transport import Connection, request
 from headwater.optim import AnyOptimizer
 
@@ -107,6 +107,7 @@ class Coordinator:
         self._failure: HeadwaterError | None = None
         self._checked: tuple[tuple[float, ...], ...] | None = None  # scalars found valid last
         self._refused = 0
+        self._was_clipped = True  # the last commit; a guess at the next one
         self._start_s = time.monotonic()
         self.state: dict[str, bytes] = {}
 
@@ -393,47 +394,42 @@ class Coordinator:
     def _execute(self, batch: Sequence[Commit]) -> dict[int, HeadwaterError]:
         """Apply commits on every server, without the pushes that turn out bad. Returns why, by identity.
 
-        Each retry leaves out at least one push, so this ends.
+        A gradient that is not expected to need clipping is measured in the pass that applies it, and where it does, applied again.
+        Each other retry leaves out at least one push, so this ends.
         """
         refusals: dict[int, HeadwaterError] = {}
+        limit: float | None = getattr(self._optimizer, "clip_norm", None)
         while True:
             pushes = [[p for p in commit.pushes if p.worker not in refusals] for commit in batch]
             specs, plan, kept = [], self._plan, list[int]()
             assert plan is not None
             assert self._optimizer is not None
+            is_measured = limit is not None and not self._was_clipped and len(batch) == 1
             for i in [i for i, p in enumerate(pushes) if p]:
                 spec, after = plan.next(self._optimizer, pushes[i])
                 if not spec.rows:  # none of them has any gradient: nothing changes
                     continue
-                scale = self._clip(spec)
-                if scale != 1.0:
-                    spec, after = plan.next(self._optimizer, pushes[i], scale)
+                if limit is not None and not is_measured:
+                    factor = _clip_factor(limit, self._ask(Norms(spec)))
+                    self._was_clipped = factor != 1.0
+                    spec = scaled(spec, factor)
                 specs.append(spec)
                 kept.append(i)
                 plan = after
             if specs:
-                answers = self._ask(Prepare(batch[0].number, tuple(specs)))
+                answers = self._ask(Prepare(batch[0].number, tuple(specs), is_measured))
                 bad = [a.bad for a in answers if isinstance(a, Prepared) and a.bad is not None]
                 if bad:
                     for commit, push, tensor, element in bad:
                         entry = pushes[kept[commit]][push]
                         refusals[entry.worker] = self._bad_push(entry, tensor, element)
                     continue
+                if limit is not None and is_measured and _clip_factor(limit, answers) != 1.0:
+                    self._was_clipped = True
+                    continue
             self._ask(Flip(batch[-1].number, bool(specs)))
             self._plan = plan
             return refusals
-
-    def _clip(self, spec: CommitSpec) -> float:
-        """Return what the aggregated gradient is multiplied by so that its global norm is at most clip_norm."""
-        limit: float | None = getattr(self._optimizer, "clip_norm", None)
-        if limit is None:
-            return 1.0
-        sums = [np.frombuffer(a.sums) for a in self._ask(Norms(spec)) if isinstance(a, Normed)]
-        # fsum is exact before it rounds, so the norm does not depend on how many servers the blocks lie on.
-        total = math.fsum(np.concatenate(sums))
-        if not math.isfinite(total):
-            return 1.0  # a bad element: Prepare finds and names it
-        return min(1.0, limit / (math.sqrt(total) + 1e-6))
 
     def _bad_push(self, entry: PushEntry, tensor: int, element: int) -> HeadwaterError:
         assert self._layout is not None
@@ -611,6 +607,16 @@ class Coordinator:
         if self._policy is None:
             raise ProtocolError("Expected a worker to say Hello first.")
         return self._policy
+
+
+def _clip_factor(limit: float, answers: Sequence[AnyMessage]) -> float:
+    """Return what a gradient with these sums of squares is multiplied by so that its global norm is at most `limit`."""
+    sums = [np.frombuffer(a.sums) for a in answers if isinstance(a, (Normed, Prepared))]
+    # fsum is exact before it rounds, so the norm does not depend on how many servers the blocks lie on.
+    total = math.fsum(np.concatenate(sums))
+    if not math.isfinite(total):
+        return 1.0  # a bad element: Prepare finds and names it
+    return min(1.0, limit / (math.sqrt(total) + 1e-6))
 
 
 def _entry(identity: int, seal: Seal) -> PushEntry:

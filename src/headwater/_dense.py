@@ -102,7 +102,7 @@ class Shard:
         self._workers: dict[int, _Worker] = {}
         self._prepared = False
         self._foreseen: Foreseen | None = None  # any request that changes what it rests on drops it
-        self._tables: dict[tuple[int, bytes, bytes], tuple[np.ndarray, np.ndarray]] = {}  # runs and coefficients
+        self._runs: dict[tuple[int, bytes], np.ndarray] = {}  # by slice and cells
 
     # What the coordinator says.
 
@@ -132,7 +132,7 @@ class Shard:
         self.consistency: Consistency = request.consistency
         self._sides = [_Side(self.part, self.optimizer) for _ in range(2)]
         self._planes = [[side.kernel_planes(i, s) for i, s in enumerate(self.part.slices)] for side in self._sides]
-        self._tables.clear()
+        self._runs.clear()
         return Done()
 
     def _prepare(self, request: Prepare) -> Prepared:
@@ -145,23 +145,30 @@ class Shard:
         if foreseen is not None and foreseen.is_whole and request.commits == (foreseen.spec,):
             self._prepared = foreseen.has_counted = True
             return Prepared()
+        sums = []
         for i, s in enumerate(self.part.slices):
             commits = [self._kernel_commit(spec, i, s) for spec in request.commits]
-            bad = self._apply(i, commits)
+            if request.norms:
+                sums.append(np.empty(_blocks_before(s, s.byte + s.wire_bytes)))
+            bad = self._apply(i, commits, sums=sums[-1] if request.norms else None)
             if bad is not None:
                 return Prepared(self._locate(bad, s))
         self._prepared = True
-        return Prepared()
+        return Prepared(sums=b"".join(array.tobytes() for array in sums))
 
     def _apply(
-        self, i: int, commits: Sequence[_KernelCommit], blocks: tuple[int, int] | None = None
+        self,
+        i: int,
+        commits: Sequence[_KernelCommit],
+        blocks: tuple[int, int] | None = None,
+        sums: np.ndarray | None = None,
     ) -> tuple[int, int, int] | None:
         """Apply commits to slice i, or to some of its blocks, beside the state; returns what `_kernels.apply` does."""
         s = self.part.slices[i]
         source, target = self._planes[self.side][i], self._planes[1 - self.side][i]
         return _kernels.apply(
             self.optimizer.kind, self.optimizer.flags, s.lane.dtype, source, target, commits,
-            threads=self.threads, level=self.level, blocks=blocks,
+            threads=self.threads, level=self.level, blocks=blocks, sums=sums,
         )  # fmt: skip
 
     def _norms(self, request: Norms) -> Normed:
@@ -196,16 +203,15 @@ class Shard:
         return None
 
     def _kernel_commit(self, spec: CommitSpec, i: int, s: Slice) -> _KernelCommit:
-        key = (i, spec.cells, spec.coefficients)
-        found = self._tables.get(key)
-        if found is None:
-            if len(self._tables) > 256:
-                self._tables.clear()
-            table = runs(s, np.frombuffer(spec.cells, np.int32))
-            shares = np.frombuffer(spec.coefficients).reshape(-1, len(spec.pushes))
-            found = self._tables[key] = (table, np.ascontiguousarray(shares[table[:, 2]]))
+        key = (i, spec.cells)
+        table = self._runs.get(key)
+        if table is None:
+            if len(self._runs) > 256:
+                self._runs.clear()
+            table = self._runs[key] = runs(s, np.frombuffer(spec.cells, np.int32))
+        shares = np.frombuffer(spec.coefficients).reshape(-1, len(spec.pushes))
         contributions = [self._workers[identity].contributions[i] for identity, _ in spec.pushes]
-        return found[0], np.array(spec.rows, ndmin=2), contributions, found[1]
+        return table, np.array(spec.rows, ndmin=2), contributions, shares[table[:, 2]]
 
     def _locate(self, bad: tuple[int, int, int], s: Slice) -> tuple[int, int, int, int]:
         commit, push, element = bad

@@ -204,12 +204,14 @@ class Prepare(Message, frozen=True, tag=True):
 
     first: int  # number of the first commit
     commits: tuple[CommitSpec, ...]
+    norms: bool = False  # also answer the sums of squares of the only commit's gradient
 
 
 class Prepared(Message, frozen=True, tag=True):
     """`bad`: (commit, push, tensor, element) of the first non-finite gradient element; tensor -1: the push is not here."""
 
     bad: tuple[int, int, int, int] | None = None
+    sums: bytes = b""  # float64, one per block, as of Normed
 
 
 class Norms(Message, frozen=True, tag=True):
