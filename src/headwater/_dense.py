@@ -29,11 +29,14 @@ from headwater._messages import (
     Detach,
     Done,
     Flip,
+    Gather,
     Normed,
     Norms,
+    OpenTable,
     Prepare,
     Prepared,
 )
+from headwater._table import Tables
 from headwater.optim import AnyOptimizer
 
 
@@ -80,6 +83,7 @@ class Shard:
 
     def __init__(self, *, threads: int = 1, level: str = "auto") -> None:
         self.threads, self.level = threads, level
+        self.tables = Tables(threads=threads, level=level)
         self.lock = threading.Lock()
         self.commit = 0
         self.side = 0
@@ -97,12 +101,18 @@ class Shard:
                 case Prepare():
                     return self._prepare(request)
                 case Flip():
+                    self.tables.flip()
                     return self._flip(request)
+                case Gather():
+                    return self.tables.gather(request)
+                case OpenTable():
+                    return self.tables.open(request)
                 case Norms():
                     return self._norms(request)
                 case Assign():
                     return self._assign(request)
                 case Detach():
+                    self.tables.detach(request.identity)
                     self._workers.pop(request.identity, None)
                     return Done()
         raise ProtocolError(f"Expected a coordinator's request, got {type(request).__name__}.")

@@ -31,6 +31,9 @@ _RANGES = {
     "beta1": (0.0, 1.0),
     "beta2": (0.0, 1.0),
     "initial_accumulator_value": (0.0, _MANY),
+    "beta": (0.0, _MANY),
+    "l1": (0.0, _MANY),
+    "l2": (0.0, _MANY),
 }
 
 
@@ -82,6 +85,10 @@ class Optimizer(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unkn
         """Return the kernel's scalars for a tensor's step number `step`, counted from 1; a tensor not yet touched counts as at 1."""
         raise NotImplementedError
 
+    def row_slots(self, dim: int) -> list[float]:
+        """Return the state of a table's new row of `dim` values. Raises SettingError for what tables cannot do."""
+        raise SettingError(f"Expected one of {_ROW_NAMES} for a table, got {self._name}.")
+
     def check(self, scalars: Mapping[str, float]) -> None:
         """Raise SettingError unless these scalars, all of them, can stand in for the registered ones."""
         if set(scalars) != set(self.scalars()):
@@ -114,6 +121,15 @@ class _Descent(Optimizer, frozen=True, kw_only=True):
 
     def structure(self) -> tuple[Any, ...]:
         return (*super().structure(), self.maximize, self.clip_norm)
+
+    def _state_of_row(self, slots: list[float]) -> list[float]:
+        """Return `slots` where rows can be stepped one by one with these settings. Raises SettingError naming what they cannot."""
+        for name in ("maximize", "clip_norm", "momentum", "nesterov", "amsgrad"):
+            if getattr(self, name, None):
+                raise SettingError(
+                    f"Expected no {name} for a table, got {getattr(self, name)} — {self._name}: rows take steps of their own."
+                )
+        return slots
 
 
 class _Momentum(_Descent, frozen=True, kw_only=True):
@@ -175,6 +191,9 @@ class SGD(_Momentum, frozen=True, kw_only=True):
         fresh = 1.0 if step <= 1 else 1.0 - scalars["dampening"]
         return [scalars["lr"], scalars["weight_decay"], scalars["momentum"], fresh]
 
+    def row_slots(self, dim: int) -> list[float]:
+        return self._state_of_row([])
+
 
 class Adagrad(_Descent, frozen=True, kw_only=True):
     """Adagrad (Duchi et al., 2011)."""
@@ -205,6 +224,36 @@ class Adagrad(_Descent, frozen=True, kw_only=True):
     def row(self, scalars: Mapping[str, float], step: int) -> list[float]:
         rate = scalars["lr"] / (1.0 + (max(step, 1) - 1) * scalars["lr_decay"])
         return [rate, scalars["weight_decay"], scalars["eps"]]
+
+    def row_slots(self, dim: int) -> list[float]:
+        return self._state_of_row([self.initial_accumulator_value] * dim)
+
+
+class RowwiseAdagrad(Adagrad, frozen=True, kw_only=True):
+    """Adagrad with one accumulator a row, of the mean of the squared gradient; for tables only."""
+
+    kind: ClassVar[str] = "rowwise_adagrad"
+
+    def row_slots(self, dim: int) -> list[float]:
+        return self._state_of_row([self.initial_accumulator_value])
+
+
+class FTRL(_Descent, frozen=True, kw_only=True):
+    """FTRL-Proximal (McMahan et al., 2013) with per-coordinate rates lr / (beta + √n); for tables only."""
+
+    kind: ClassVar[str] = "ftrl"
+    scalar_names: ClassVar[tuple[str, ...]] = ("lr", "beta", "l1", "l2")
+
+    lr: float = 0.1
+    beta: float = 1.0
+    l1: float = 0.0
+    l2: float = 0.0
+
+    def row(self, scalars: Mapping[str, float], step: int) -> list[float]:
+        return [scalars[name] for name in self.scalar_names]
+
+    def row_slots(self, dim: int) -> list[float]:
+        return self._state_of_row([0.0] * (2 * dim))
 
 
 class RMSprop(_Momentum, frozen=True, kw_only=True):
@@ -288,6 +337,9 @@ class Adam(_Descent, frozen=True, kw_only=True):
         decay = self._decay(lr, scalars["weight_decay"])
         return [step_size, decay, 1.0 - beta1, beta2, 1.0 - beta2, correction, scalars["eps"]]
 
+    def row_slots(self, dim: int) -> list[float]:
+        return self._state_of_row([0.0] * (2 * dim))
+
     def _decay(self, lr: float, weight_decay: float) -> float:
         """Return what multiplies the parameter where it is added to the gradient."""
         return weight_decay
@@ -299,6 +351,9 @@ class AdamW(Adam, frozen=True, kw_only=True):
     kind: ClassVar[str] = "adamw"
 
     weight_decay: float = 1e-2
+
+    def row_slots(self, dim: int) -> list[float]:
+        return Optimizer.row_slots(self, dim)
 
     def _decay(self, lr: float, weight_decay: float) -> float:
         """Return what is kept of the parameter."""
@@ -315,6 +370,9 @@ class Mean(Optimizer, frozen=True, kw_only=True):
 
 
 AnyOptimizer: TypeAlias = SGD | Adagrad | RMSprop | Adam | AdamW | Mean
+#: What tables take.
+AnyRowOptimizer: TypeAlias = SGD | Adagrad | RowwiseAdagrad | Adam | FTRL
+_ROW_NAMES = "SGD, Adagrad, RowwiseAdagrad, Adam, FTRL"
 
 
 def _number(optimizer: Optimizer, name: str, value: Any) -> float:
