@@ -27,7 +27,9 @@ def bucket_of(ids: Ids) -> npt.NDArray[np.uint8]:
 
 
 def unique(ids: Ids, servers: int = 1) -> tuple[Ids, Ids, npt.NDArray[np.int32]]:
-    homes = {int(i): int(b) * servers // 256 for i, b in zip(ids, bucket_of(ids), strict=True)}  # in order of appearance
+    homes = {
+        int(i): int(b) * servers // 256 for i, b in zip(ids, bucket_of(ids), strict=True)
+    }  # in order of appearance
     distinct = [i for server in range(servers) for i, home in homes.items() if home == server]
     ends = np.cumsum([sum(home == server for home in homes.values()) for server in range(servers)], dtype=np.int64)
     place = {i: at for at, i in enumerate(distinct)}
@@ -35,7 +37,14 @@ def unique(ids: Ids, servers: int = 1) -> tuple[Ids, Ids, npt.NDArray[np.int32]]
 
 
 def sum_rows(
-    rows: Floats, targets: Any, out: Floats, *, sources: Any = None, weights: Any = None, threads: int = 1, level: str = "auto"
+    rows: Floats,
+    targets: Any,
+    out: Floats,
+    *,
+    sources: Any = None,
+    weights: Any = None,
+    threads: int = 1,
+    level: str = "auto",
 ) -> None:
     out[...] = 0
     for i, target in enumerate(targets):
@@ -82,11 +91,18 @@ class Table:
         self.rows: dict[int, Row] = {}
         self.sightings: dict[int, float] = {}
         self.consumers: dict[str, Consumer] = {}
-        self.figures = dict.fromkeys(
-            "spilled_rows bytes budget_bytes spilled_bytes rows_max admitted refused evicted expired deleted spilled loaded "
-            "hits misses".split(),
-            0,
-        )
+        names = {
+            "spilled_rows",
+            "bytes",
+            "budget_bytes",
+            "spilled_bytes",
+            "rows_max",
+            "spilled",
+            "loaded",
+            "hits",
+            "misses",
+        }
+        self.figures = dict.fromkeys(names | {"admitted", "refused", "evicted", "expired", "deleted"}, 0)
         self.step = 0
 
     def first(self, i: int) -> Floats:
@@ -146,18 +162,18 @@ class Table:
                 row.count *= np.float32(self.decay)
         self.step = step
         for i, gradient in zip(ids.tolist(), gradients, strict=True):
-            row = self._row(i, now)
-            if row is None:
+            found = self._row(i, now)
+            if found is None:
                 self.sightings[i] = self.sightings.get(i, 0) + 1
                 if self.sightings[i] < self.admit_after:
                     self.figures["refused"] += 1
                     continue
-                row = self.rows[i] = Row(self.first(i), self.slots.copy())
-                row.count = np.float32(self.sightings.pop(i) - 1)
+                found = self.rows[i] = Row(self.first(i), self.slots.copy())
+                found.count = np.float32(self.sightings.pop(i) - 1)
                 self.figures["admitted"] += 1
-            row.count += np.float32(1)
-            row.seen = self._clock(now)
-            getattr(self, self.optimizer)(row, gradient.copy(), np.asarray(scalars, np.float32))
+            found.count += np.float32(1)
+            found.seen = self._clock(now)
+            getattr(self, self.optimizer)(found, gradient.copy(), np.asarray(scalars, np.float32))
             self._wrote(i)
 
     def sgd(self, row: Row, g: Floats, scalars: Floats) -> None:
@@ -217,7 +233,13 @@ class Table:
         some = list(self.rows)[cursor : cursor + limit]
         counts, seen = [self.rows[i].count for i in some], [self.rows[i].seen for i in some]
         after = cursor + limit if cursor + limit < len(self.rows) else -1
-        return np.array(some, np.int64), self._whole(some), np.array(counts, np.float32), np.array(seen, np.int64), after
+        return (
+            np.array(some, np.int64),
+            self._whole(some),
+            np.array(counts, np.float32),
+            np.array(seen, np.int64),
+            after,
+        )
 
     def put(self, ids: Ids, rows: Floats, counts: Any, last_seen: Any, *, step: int, now: float) -> None:
         self._check(ids)

@@ -326,7 +326,9 @@ class Coordinator:
         if len(self._tables) >= _limits.TABLES:
             raise SettingError(f"Expected at most {_limits.TABLES} tables, got one more.")
         if wanted.dim is None:
-            raise SettingError(f"Expected dim for a table that nobody has declared yet, got none — table {wanted.name!r}.")
+            raise SettingError(
+                f"Expected dim for a table that nobody has declared yet, got none — table {wanted.name!r}."
+            )
         job = self._require_policy().consistency
         if wanted.consistency not in (None, job) and wanted.consistency.kind != "asp":
             raise SettingError(

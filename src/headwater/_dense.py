@@ -29,10 +29,8 @@ from headwater._messages import (
     Detach,
     Done,
     Flip,
-    Gather,
     Normed,
     Norms,
-    OpenTable,
     Prepare,
     Prepared,
 )
@@ -97,22 +95,19 @@ class Shard:
     def handle(self, request: AnyMessage) -> AnyMessage:
         """Carry out a request of the coordinator and return the answer."""
         with self.lock:
+            answer = self.tables.handle(request)
+            if answer is not None:
+                return answer
             match request:
                 case Prepare():
                     return self._prepare(request)
                 case Flip():
-                    self.tables.flip()
                     return self._flip(request)
-                case Gather():
-                    return self.tables.gather(request)
-                case OpenTable():
-                    return self.tables.open(request)
                 case Norms():
                     return self._norms(request)
                 case Assign():
                     return self._assign(request)
                 case Detach():
-                    self.tables.detach(request.identity)
                     self._workers.pop(request.identity, None)
                     return Done()
         raise ProtocolError(f"Expected a coordinator's request, got {type(request).__name__}.")

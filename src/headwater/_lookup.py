@@ -64,7 +64,10 @@ class Session(Protocol):
     def _require_open(self) -> None: ...
     def _held(self) -> AbstractContextManager[Any]: ...
     def _receive_from(
-        self, connection: Connection, answer: type[_M], view: memoryview | Callable[[AnyMessage], memoryview] | None = None
+        self,
+        connection: Connection,
+        answer: type[_M],
+        view: memoryview | Callable[[AnyMessage], memoryview] | None = None,
     ) -> tuple[_M, tuple[int, ...]]: ...
 
 
@@ -126,7 +129,12 @@ class Link:
         return found
 
     def send(
-        self, message: AnyMessage, payload: np.ndarray | None, answer: type[Any], view: np.ndarray | None = None, room: int = -1
+        self,
+        message: AnyMessage,
+        payload: np.ndarray | None,
+        answer: type[Any],
+        view: np.ndarray | None = None,
+        room: int = -1,
     ) -> None:
         """Ask; `settle` brings the answer. payload, view: what travels where memory is not shared, uint8; view for the answer's."""
         if self.shares:
@@ -152,7 +160,9 @@ class Link:
         if first is not None:
             raise first
 
-    def ask(self, message: AnyMessage, answer: type[_M], size: Callable[[_M], int] | None = None) -> tuple[_M, np.ndarray]:
+    def ask(
+        self, message: AnyMessage, answer: type[_M], size: Callable[[_M], int] | None = None
+    ) -> tuple[_M, np.ndarray]:
         """Ask and wait; returns the answer and its payload, whose size the answer tells."""
         self.settle()
         self.connection.send(message)
@@ -254,7 +264,10 @@ class Table:
         names = self.spec.optimizer.scalar_names
         if any(name not in names for name in scalars):
             raise SettingError(f"Expected some of {', '.join(names)}, got {', '.join(scalars)} — table {self.name!r}.")
-        changed = {**dict(zip(names, self._scalars, strict=True)), **{name: float(value) for name, value in scalars.items()}}
+        changed = {
+            **dict(zip(names, self._scalars, strict=True)),
+            **{name: float(value) for name, value in scalars.items()},
+        }
         self.spec.optimizer.check(changed)
         self._scalars = tuple(changed.values())
 
@@ -272,7 +285,12 @@ class Table:
         elif self.spec.policy.when_full == "spill":
             for link, ids_here in self._parts(batch):
                 room = self._write_ids(link, 1 + self._number, ids_here)
-                link.send(WarmRows(self._number, 1 + self._number, len(ids_here)), room[: ids_here.nbytes], Done, room=1 + self._number)
+                link.send(
+                    WarmRows(self._number, 1 + self._number, len(ids_here)),
+                    room[: ids_here.nbytes],
+                    Done,
+                    room=1 + self._number,
+                )
 
     # What adapters use.
 
@@ -284,7 +302,9 @@ class Table:
             if known is not None and np.array_equal(known.ids, flat):
                 return known
         if len(flat) >= 1 << 31:
-            raise LayoutError(f"Expected fewer than 2^31 ids in a batch, got {len(flat)} — table {self.name!r}: split it.")
+            raise LayoutError(
+                f"Expected fewer than 2^31 ids in a batch, got {len(flat)} — table {self.name!r}: split it."
+            )
         distinct, ends, inverse = _kernels.unique(flat, len(self._links))
         return Batch(flat.copy(), distinct, [0, *ends.tolist()], inverse)
 
@@ -441,7 +461,9 @@ class Table:
             cursor = 0
             while cursor >= 0:
                 page, raw = link.ask(
-                    PageGet(self._number, cursor, _limits.PAGE_ROWS), Page, lambda answer: page_bytes(answer.count, width)
+                    PageGet(self._number, cursor, _limits.PAGE_ROWS),
+                    Page,
+                    lambda answer: page_bytes(answer.count, width),
                 )
                 ids, last_seen, rows, counts = split_page(raw, page.count, width)
                 cursor = page.cursor
@@ -494,7 +516,9 @@ def as_ids(ids: Any, where: str) -> np.ndarray:
     """Return integers of any dtype and shape as int64 (n,). Raises LayoutError."""
     array = np.asarray(ids)
     if array.dtype.kind not in "iu" and array.size:
-        raise LayoutError(f"Expected ids that are integers, got {array.dtype} {array.shape} — {where}: hash_ids() takes strings.")
+        raise LayoutError(
+            f"Expected ids that are integers, got {array.dtype} {array.shape} — {where}: hash_ids() takes strings."
+        )
     return np.ascontiguousarray(array, np.int64).reshape(-1)
 
 

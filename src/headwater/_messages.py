@@ -344,7 +344,8 @@ class OpenTable(Message, frozen=True, tag=True):
 class Room(Message, frozen=True, tag=True):
     """On a worker's connection for tables: make room of this size for a batch, in place of what this room was before.
 
-    Room 0 is for what is under way, the others for batches that are asked for ahead of their use. `share`: in memory that is shared, whose descriptor comes with the answer, Attached. Else batches travel as payloads.
+    Room 0 is for what is under way, the others for batches that are asked for ahead of their use. `share`: in memory that is
+    shared, whose descriptor comes with the answer, Attached. Else batches travel as payloads.
     """
 
     room: int

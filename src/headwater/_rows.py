@@ -108,7 +108,9 @@ class RowPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if self.spill_folder is not None:
             msgspec.structs.force_setattr(self, "spill_folder", os.fspath(self.spill_folder))
         if self.when_full == "spill" and (self.spill_folder is None or self.budget_bytes is None):
-            raise SettingError("Expected spill_folder and budget_bytes with when_full='spill', got one missing — RowPolicy.")
+            raise SettingError(
+                "Expected spill_folder and budget_bytes with when_full='spill', got one missing — RowPolicy."
+            )
 
 
 class TableSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -130,7 +132,12 @@ class TableSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
             raise SettingError(f"Expected a dim from 1 to {DIM_MAX}, got {self.dim!r} — {where}.")
         if not isinstance(self.seed, int) or not -(1 << 63) <= self.seed < 1 << 63:
             raise SettingError(f"Expected a seed of 64 bits, got {self.seed!r} — {where}.")
-        for name, kind in (("optimizer", Optimizer), ("initial", _Initial), ("policy", RowPolicy), ("consistency", Consistency)):
+        for name, kind in (
+            ("optimizer", Optimizer),
+            ("initial", _Initial),
+            ("policy", RowPolicy),
+            ("consistency", Consistency),
+        ):
             if not isinstance(getattr(self, name), kind):
                 raise SettingError(f"Expected {name} as in its documentation, got {getattr(self, name)!r} — {where}.")
         self.optimizer.row_slots(self.dim)

@@ -12,9 +12,9 @@ The metadata, under "headwater", is a JSON object: format, name, step and optimi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -25,6 +25,7 @@ from headwater._rows import TableSpec
 from headwater.optim import AnyRowOptimizer
 
 FORMAT = 1
+_T = TypeVar("_T")
 
 
 class SavedRows(NamedTuple):
@@ -55,7 +56,9 @@ def write_rows(path: Path, spec: TableSpec, pages: Iterable[SavedRows]) -> int:
             os.fsync(file.fileno())
         aside.rename(path)
     except OSError as error:
-        raise StorageError(f"Cannot save table {spec.name!r} to {path}: {error}. What was there is still there.") from error
+        raise StorageError(
+            f"Cannot save table {spec.name!r} to {path}: {error}. What was there is still there."
+        ) from error
     finally:
         aside.unlink(missing_ok=True)
     return count
@@ -67,12 +70,16 @@ def read_rows(path: Path, spec: TableSpec) -> Iterator[SavedRows]:
     try:
         for columns, about in read(path):
             if about is not None and about.format != FORMAT:
-                raise StorageError(f"Expected format {FORMAT} in {path}, got {about.format}: use the headwater that wrote it.")
+                raise StorageError(
+                    f"Expected format {FORMAT} in {path}, got {about.format}: use the headwater that wrote it."
+                )
             yield _fitted(columns, about, spec, path)
     except StorageError:
         raise
     except Exception as error:  # every kind of rot: missing, torn, not of this kind, names that differ
-        raise StorageError(f"Cannot read {path}: {type(error).__name__}: {error}. Expected what export() wrote.") from error
+        raise StorageError(
+            f"Cannot read {path}: {type(error).__name__}: {error}. Expected what export() wrote."
+        ) from error
 
 
 def _fitted(columns: dict[str, np.ndarray], about: _About | None, spec: TableSpec, path: Path) -> SavedRows:
@@ -171,16 +178,16 @@ def _read_parquet(path: Path) -> Iterator[tuple[dict[str, np.ndarray], _About | 
 
 def _pyarrow() -> tuple[Any, Any]:
     try:
-        import pyarrow as arrow
+        import pyarrow as pa
         from pyarrow import parquet
     except ImportError as error:
         raise SettingError(
             "Expected pyarrow for a .parquet file, got none: pip install 'headwater[parquet]', or use .safetensors."
         ) from error
-    return arrow, parquet
+    return pa, parquet
 
 
-def _by_suffix(path: Path, safetensors: Any, parquet: Any) -> Any:
+def _by_suffix(path: Path, safetensors: Callable[..., _T], parquet: Callable[..., _T]) -> Callable[..., _T]:
     known = {".safetensors": safetensors, ".parquet": parquet}
     if path.suffix not in known:
         raise LayoutError(f"Expected a path that ends in .safetensors or .parquet, got {path}.")

@@ -27,7 +27,9 @@ from headwater._messages import (
     Attached,
     Changed,
     ChangesGet,
+    Detach,
     Done,
+    Flip,
     Gather,
     OpenTable,
     Page,
@@ -82,9 +84,13 @@ class Rows:
         except ValueError as error:
             raise SettingError(f"{error} — {where}.") from error
         except OSError as error:
-            raise StorageError(f"Cannot spill or load rows: {error} — {where}, {self.spec.policy.spill_folder}.") from error
+            raise StorageError(
+                f"Cannot spill or load rows: {error} — {where}, {self.spec.policy.spill_folder}."
+            ) from error
         except MemoryError as error:
-            raise HostError(f"Expected memory for more rows, got none — {where}: set budget_bytes in its policy.") from error
+            raise HostError(
+                f"Expected memory for more rows, got none — {where}: set budget_bytes in its policy."
+            ) from error
 
     def pull(self, ids: np.ndarray, out: np.ndarray, *, touch: bool) -> None:
         """Set out, float32 (n, dim), to the rows of ids."""
@@ -187,12 +193,21 @@ class Tables:
 
     # What the coordinator says.
 
-    def open(self, request: OpenTable) -> Done:
-        """Make a table."""
-        self.tables[request.table] = Rows(request, threads=self._threads, level=self._level)
-        return Done()
+    def handle(self, request: AnyMessage) -> AnyMessage | None:
+        """Carry out what concerns tables; None where the dense state has the answer."""
+        match request:
+            case OpenTable():
+                self.tables[request.table] = Rows(request, threads=self._threads, level=self._level)
+                return Done()
+            case Gather():
+                return self._gather(request)
+            case Flip():
+                self._flip()
+            case Detach():
+                self._detach(request.identity)
+        return None
 
-    def gather(self, request: Gather) -> Prepared:
+    def _gather(self, request: Gather) -> Prepared:
         """Collect what these steps have staged; one whose scalars differ from those before it is named."""
         found: dict[int, list[tuple[Part, float]]] = {}
         with self.lock:
@@ -211,7 +226,7 @@ class Tables:
             self._gathered = request, found
         return Prepared()
 
-    def flip(self) -> None:
+    def _flip(self) -> None:
         """Let what was gathered count, and forget what was staged up to these steps."""
         with self.lock:
             gathered, self._gathered = self._gathered, None
@@ -224,7 +239,7 @@ class Tables:
         for table, parts in sorted(gathered[1].items()):
             self.tables[table].commit(*zip(*parts, strict=True))
 
-    def detach(self, identity: int) -> None:
+    def _detach(self, identity: int) -> None:
         """A worker is gone: what it has staged counts nowhere, and nothing more is taken from it."""
         with self.lock:
             desk = self._desks.pop(identity, None)
@@ -286,39 +301,42 @@ class Desk:
     def handle(self, request: AnyMessage, *, can_share: bool) -> Answer:
         """Carry out a worker's request."""
         payload, self._payload = self._payload, None
+        answer = Answer(Done())
         match request:
             case PullRows():
-                return self._pull(request, payload)
+                answer = self._pull(request, payload)
             case PushRows():
-                return self._push(request, payload)
+                self._push(request, payload)
             case WarmRows():
                 self._table(request.table).warm(self._ids(request, request.room, payload))
             case Room():
-                return self._make_room(request, can_share=can_share)
+                answer = self._make_room(request, can_share=can_share)
             case PageGet():
-                return self._table(request.table).page(request)
+                answer = self._table(request.table).page(request)
             case PagePut():
-                if payload is None:
+                if payload is None and request.count:
                     raise ProtocolError("Expected PagePut with a payload, got none.")
-                self._table(request.table).put(request, payload)
+                self._table(request.table).put(request, np.empty(0, np.uint8) if payload is None else payload)
             case ChangesGet():
-                return self._table(request.table).changes(request)
+                answer = self._table(request.table).changes(request)
             case Track():
                 self._table(request.table).track(request)
             case TableStatsGet():
-                return Answer(self._table(request.table).stats())
+                answer = Answer(self._table(request.table).stats())
             case _:
                 raise ProtocolError(f"Expected a request about tables, got {type(request).__name__}.")
-        return Answer(Done())
+        return answer
 
     def _pull(self, request: PullRows, payload: np.ndarray | None) -> Answer:
         rows = self._table(request.table)
         ids = self._ids(request, request.room, payload)
         out = self._rows(request.room, request.count, rows.spec.dim)
         rows.pull(ids, out, touch=request.touch)
-        return Answer(PulledRows(), None if request.room in self._shared else memoryview(out.reshape(-1).view(np.uint8)))
+        return Answer(
+            PulledRows(), None if request.room in self._shared else memoryview(out.reshape(-1).view(np.uint8))
+        )
 
-    def _push(self, request: PushRows, payload: np.ndarray | None) -> Answer:
+    def _push(self, request: PushRows, payload: np.ndarray | None) -> None:
         rows = self._table(request.table)
         part = Part(self._ids(request, 0, payload), self._rows(0, request.count, rows.spec.dim), request.scalars)
         rows.check(*part)
@@ -326,9 +344,11 @@ class Desk:
             part = Part(part.ids.copy(), part.gradients.copy(), part.scalars)
         with self._tables.lock:
             if self.is_gone:
-                raise ProtocolError("Expected a push from a worker of this job, got one from a worker that has left it.")
+                raise ProtocolError(
+                    "Expected a push from a worker of this job, got one from a worker that has left it."
+                )
             if request.sequence <= self._sequences.get(request.table, -1):
-                return Answer(Done())  # it has counted already
+                return  # it has counted already
             if rows.spec.is_staged:
                 if len(self.staged) >= _limits.STAGED_PUSHES:
                     raise UsageError(
@@ -339,7 +359,6 @@ class Desk:
         if not rows.spec.is_staged:
             rows.push(part)
         self._sequences[request.table] = request.sequence
-        return Answer(Done())
 
     def _make_room(self, request: Room, *, can_share: bool) -> Answer:
         if not 0 <= request.room <= _limits.TABLES or not 0 < request.size <= _limits.ROOM_BYTES:
@@ -351,14 +370,18 @@ class Desk:
                 return Answer(Attached(0))
             buffer = self._shared[request.room] = SharedBuffer(request.size, "rows")
         except (OSError, MemoryError) as error:
-            raise HostError(f"Expected memory for a batch of {request.size} bytes, got: {error}. Use smaller ones.") from error
+            raise HostError(
+                f"Expected memory for a batch of {request.size} bytes, got: {error}. Use smaller ones."
+            ) from error
         self._rooms[request.room] = buffer.array
         return Answer(Attached(1), None, (buffer.fd,))
 
     def _ids(self, request: PullRows | WarmRows | PushRows, room: int, payload: np.ndarray | None) -> np.ndarray:
         """Return the ids of a batch, which must have come as it was agreed."""
         if (payload is None) != (room in self._shared or request.count == 0):
-            raise ProtocolError("Expected a batch to come as it was agreed with Room: in shared memory, or as a payload.")
+            raise ProtocolError(
+                "Expected a batch to come as it was agreed with Room: in shared memory, or as a payload."
+            )
         return self._piece(room, 0, 8 * request.count).view(np.int64)
 
     def _rows(self, room: int, count: int, dim: int) -> np.ndarray:
