@@ -14,7 +14,7 @@ from headwater._consistency import Consistency
 from headwater._errors import BY_NAME, HeadwaterError, InternalError, ProtocolError
 from headwater._layout import TensorSpec
 from headwater._rows import AnyInitial, RowPolicy, TableSpec
-from headwater.optim import AnyOptimizer, AnyRowOptimizer
+from headwater.optim import AnyOptimizer, RowOptimizer
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -318,7 +318,7 @@ class Declare(Message, frozen=True, tag=True):
 
     name: str
     dim: int | None = None
-    optimizer: AnyRowOptimizer | None = None
+    optimizer: RowOptimizer | None = None
     initial: AnyInitial | None = None
     seed: int | None = None
     policy: RowPolicy | None = None

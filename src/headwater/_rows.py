@@ -22,7 +22,7 @@ import numpy as np
 from headwater._consistency import Consistency
 from headwater._errors import SettingError
 from headwater._layout import ALIGN_BYTES, round_up
-from headwater.optim import AnyRowOptimizer, Optimizer
+from headwater.optim import Optimizer, RowOptimizer
 
 BUCKETS = 256
 DIM_MAX = 1 << 16
@@ -118,7 +118,7 @@ class TableSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 
     name: str
     dim: int
-    optimizer: AnyRowOptimizer
+    optimizer: RowOptimizer
     initial: AnyInitial
     seed: int
     policy: RowPolicy

@@ -22,7 +22,7 @@ import numpy as np
 from headwater import _limits
 from headwater._errors import LayoutError, SettingError, StorageError
 from headwater._rows import TableSpec
-from headwater.optim import AnyRowOptimizer
+from headwater.optim import RowOptimizer
 
 FORMAT = 1
 _T = TypeVar("_T")
@@ -43,7 +43,7 @@ class _About(msgspec.Struct):
     format: int
     name: str
     step: int
-    optimizer: AnyRowOptimizer
+    optimizer: RowOptimizer
 
 
 def write_rows(path: Path, spec: TableSpec, pages: Iterable[SavedRows]) -> int:

@@ -68,7 +68,7 @@ from headwater._plan import pack_absent
 from headwater._rows import AnyInitial, RowPolicy, TableSpec, Uniform
 from headwater._transport import Address, Connection, connect, host_name, request
 from headwater._wire import pack_header
-from headwater.optim import SGD, AnyOptimizer, AnyRowOptimizer
+from headwater.optim import SGD, AnyOptimizer, RowOptimizer
 
 if TYPE_CHECKING:
     from headwater._checkpoint import Checkpoint
@@ -212,6 +212,7 @@ class Session:
                 "Expected at least one tensor to register, got none: does any parameter require a gradient? A job of tables "
                 "alone declares them first."
             )
+        optimizer.check_dense()
         layout = Layout(specs)
         answer = self._ask(Register(layout.specs, optimizer), Registered)
         self._layout, self._optimizer = layout, optimizer
@@ -310,7 +311,7 @@ class Session:
         name: str,
         dim: int | None = None,
         *,
-        optimizer: AnyRowOptimizer | None = None,
+        optimizer: RowOptimizer | None = None,
         initial: AnyInitial | None = None,
         seed: int | None = None,
         policy: RowPolicy | None = None,
