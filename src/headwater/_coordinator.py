@@ -65,10 +65,10 @@ from headwater._messages import (
     WorkerStats,
 )
 from headwater._plan import Plan
-from headwater._rows import RowPolicy, TableSpec, Uniform
+from headwater._rows import TableSpec, spec_of
 from headwater._rows import difference as table_difference
 from headwater._transport import Connection, request
-from headwater.optim import SGD, AnyOptimizer
+from headwater.optim import AnyOptimizer
 
 #: Tells a waiting peer for whom it waits; raises when the peer is gone.
 Tell = Callable[[Waiting], None]
@@ -334,15 +334,7 @@ class Coordinator:
             raise SettingError(
                 f"Expected the job's consistency, {job}, or asp, got {wanted.consistency} — table {wanted.name!r}."
             )
-        return TableSpec(
-            wanted.name,
-            wanted.dim,
-            wanted.optimizer or SGD(lr=0.01),
-            wanted.initial or Uniform(),
-            wanted.seed or 0,
-            wanted.policy or RowPolicy(),
-            wanted.consistency or job,
-        )
+        return spec_of(wanted, job, dim=wanted.dim)
 
     # Pushes and commits.
 

@@ -534,10 +534,12 @@ def hash_ids(strings: Any) -> np.ndarray:
 
     strings: text or bytes, a sequence or an array of them. Two of n strings share an id with a chance of about n² / 2^65.
     """
-    array = np.asarray(strings)
-    if array.dtype.kind not in "USOT" and array.size:
-        raise LayoutError(f"Expected strings, got {array.dtype} {array.shape}: integers are ids as they are.")
-    return _kernels.hash_ids(array.reshape(-1).tolist()).reshape(array.shape)
+    array = np.asarray(strings, object)
+    flat = array.reshape(-1).tolist()
+    wrong = next((item for item in flat if not isinstance(item, (str, bytes))), None)
+    if wrong is not None or None in flat:
+        raise LayoutError(f"Expected strings, got {wrong!r}: integers are ids as they are.")
+    return _kernels.hash_ids(flat).reshape(array.shape)
 
 
 def _rows_in(room: np.ndarray, count: int, dim: int) -> np.ndarray:

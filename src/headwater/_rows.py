@@ -22,7 +22,7 @@ import numpy as np
 from headwater._consistency import Consistency
 from headwater._errors import SettingError
 from headwater._layout import ALIGN_BYTES, round_up
-from headwater.optim import Optimizer, RowOptimizer
+from headwater.optim import SGD, Optimizer, RowOptimizer
 
 BUCKETS = 256
 DIM_MAX = 1 << 16
@@ -156,6 +156,24 @@ class TableSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     def is_staged(self) -> bool:
         """Whether pushes wait for the commit of their step: under BSP."""
         return self.consistency.kind == "bsp"
+
+
+def spec_of(wanted: Any, job: Consistency, *, dim: int) -> TableSpec:
+    """Return the settings of a new table from what is wished; what is not gets its default. Raises SettingError."""
+
+    def chosen(name: str, default: Any) -> Any:
+        value = getattr(wanted, name)
+        return default if value is None else value
+
+    return TableSpec(
+        wanted.name,
+        dim,
+        chosen("optimizer", SGD(lr=0.01)),
+        chosen("initial", Uniform()),
+        chosen("seed", 0),
+        chosen("policy", RowPolicy()),
+        chosen("consistency", job),
+    )
 
 
 def difference(ours: TableSpec, wanted: Any) -> str:

@@ -65,7 +65,7 @@ from headwater._messages import (
     encode,
 )
 from headwater._plan import pack_absent
-from headwater._rows import AnyInitial, RowPolicy, TableSpec, Uniform
+from headwater._rows import AnyInitial, RowPolicy, spec_of
 from headwater._transport import Address, Connection, connect, host_name, request
 from headwater._wire import pack_header
 from headwater.optim import SGD, AnyOptimizer, RowOptimizer
@@ -327,15 +327,7 @@ class Session:
         Raises SettingError, naming the difference, where the table has other settings.
         """
         wanted = Declare(name, dim, optimizer, initial, seed, policy, consistency)
-        TableSpec(
-            name,
-            1 if dim is None else dim,
-            optimizer or SGD(),
-            initial or Uniform(),
-            seed or 0,
-            policy or RowPolicy(),
-            consistency or self.consistency,
-        )  # which checks them before they travel
+        spec_of(wanted, self.consistency, dim=1 if dim is None else dim)  # which checks it before it travels
         declared = self._ask(wanted, Declared)
         if self._tables is None:
             links = []

@@ -98,8 +98,9 @@ class Rows:
             self.kernel.pull(ids, out, touch=touch, now=time.time())
 
     def warm(self, ids: np.ndarray) -> None:
-        """Begin to bring spilled rows into memory."""
-        self.kernel.prefetch(ids)
+        """Begin to bring spilled rows into memory, where any can be."""
+        if self.spec.policy.when_full == "spill":
+            self.kernel.prefetch(ids)
 
     def check(self, ids: np.ndarray, gradients: np.ndarray, scalars: tuple[float, ...]) -> None:
         """Raise NonFiniteError, or SettingError for scalars that the optimizer does not take."""
