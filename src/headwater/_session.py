@@ -396,7 +396,7 @@ class Session:
     def push_sealed(
         self, *, weight: float, scalars: Sequence[tuple[float, ...]], absent: bytes = b"", pull: bool = False
     ) -> None:
-        """Push what stands in the push buffer; what adapters use. pull: `wait` also brings the new parameters."""
+        """Push what stands in the push buffer; what adapters use. pull: `wait`, to be called next, also brings the new parameters."""
         self._require_layout()
         if self._is_pending:
             self.wait()
@@ -407,7 +407,8 @@ class Session:
         if self._is_direct:
             link = self._links[0]
             wanted = "" if not pull or self._reads_in_place else "own" if link.shares else "sent"
-            self._control.send(Seal(self._sequence, weight, rows, absent, True, wanted), link.pushed)
+            send = self._control.hold if wanted == "sent" else self._control.send  # then `wait` sends it while it reads
+            send(Seal(self._sequence, weight, rows, absent, True, wanted), link.pushed)
         else:
             for link in self._links:
                 link.connection.send(Push(self._sequence), link.pushed)
@@ -689,6 +690,8 @@ class Session:
                 return message, fds
             if isinstance(message, Failed):
                 raise message.exception()
+            if isinstance(message, Pulled):  # comes before the Committed that says whether it holds
+                continue
             if not isinstance(message, Waiting):
                 raise ProtocolError(f"Expected {answer.__name__}, got {type(message).__name__}.")
             names = ", ".join(message.names) or "the servers"
