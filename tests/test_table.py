@@ -547,6 +547,30 @@ def test_under_bsp_differing_learning_rates_refuse_the_later_workers_push() -> N
         )
 
 
+@pytest.mark.parametrize(("transport", "servers"), [("shm", 1), ("tcp", 1), ("shm", 2)])
+def test_a_push_refused_for_its_rows_leaves_the_tensors_too(transport: str, servers: int) -> None:
+    """Over TCP the commit is foreseen, prepared and streamed before its rows are asked about."""
+    size = 400_000
+
+    def body(session: hw.Session) -> tuple[float, float, list[int]]:
+        session.register({"w": np.zeros(size, np.float32)}, hw.optim.SGD(lr=1.0))
+        table = session.table("items", 1, optimizer=hw.optim.SGD(lr=1.0), initial=hw.Constant(0.0))
+        accepted = []
+        for step in range(4):
+            table.push([1], ones(1, 1), scalars={"lr": 2.0 if session.index == step == 1 else 1.0})
+            try:
+                session.step({"w": ones(size)})
+            except errors.DisagreementError:
+                assert session.index == step == 1
+            accepted.append(session.accepted)
+        w = session.pull()["w"]
+        assert w.min() == w.max()
+        return float(w[0]), float(table.pull([1])[0, 0]), accepted
+
+    with job(transport, servers, workers=2, consistency=BSP) as run:
+        assert run(body) == [(-4.0, -4.0, [2, 1, 2, 2])] * 2
+
+
 # Ahead of the need.
 
 
