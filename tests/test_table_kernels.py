@@ -154,7 +154,7 @@ def test_rows_and_state_follow_the_formulas(optimizer: optim.Optimizer, dim: int
         push(table, optimizer, ids, gradients, step)
         for i, g in zip(ids, gradients, strict=True):
             reference_step(optimizer, w[i], state[i], g.astype(np.float64), step)
-    ids, rows, counts, last_seen, end = table.export()
+    ids, rows, _, _, end = table.export()
     assert end == -1
     assert sorted(ids) == list(range(20))
     expected = np.concatenate((w, state), axis=1)[ids]
@@ -258,7 +258,7 @@ def test_every_level_and_thread_count_gives_the_same_table(optimizer: optim.Opti
         table.track("replica")
         pulled = []
         for step in range(1, 30):
-            ids, gradients = draw_push(rng, 40_000, 6_000, 19)
+            ids, gradients = draw_push(rng, 20_000, 3_000, 19)
             push(table, optimizer, ids, gradients, 150 * step if step > 20 else step)
             pulled.append(pull(table, ids, 19, touch=step % 2 == 0).tobytes())
         stats = table.stats()
@@ -411,8 +411,14 @@ def test_buckets_that_live_elsewhere_are_refused() -> None:
     ids=repr,
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+    make: Any = _kernels.Table
     with pytest.raises(ValueError, match="Expected"):
-        _kernels.Table(**{"dim": 4, "optimizer": "rowwise_adagrad", "initial_slots": [0.0]} | options)
+        make(**{"dim": 4, "optimizer": "rowwise_adagrad", "initial_slots": [0.0]} | options)
+
+
+def track_many(table: _kernels.Table, count: int) -> None:
+    for i in range(count):
+        table.track(str(i))
 
 
 def test_arguments_that_do_not_fit_change_nothing() -> None:
@@ -453,7 +459,7 @@ def test_arguments_that_do_not_fit_change_nothing() -> None:
         lambda: table.changes("a", 0),
         lambda: table.untrack("b"),
         lambda: table.track(""),
-        lambda: [table.track(str(i)) for i in range(8)],
+        lambda: track_many(table, 8),
         lambda: _kernels.unique(ids, 0),
         lambda: _kernels.unique(ids, 257),
         lambda: _kernels.sum_rows(rows, np.array([0, 1, 2, 4], np.int32), out),
@@ -472,3 +478,347 @@ def test_arguments_that_do_not_fit_change_nothing() -> None:
     assert (out == 7).all()
     assert (dump(table), table.stats()) == before
     assert [len(part) for part in table.changes("a")[:3]] == [0, 0, 0]
+
+
+# ---- against a plain dict ------------------------------------------------------------------------------------
+
+DIM = 3
+POOL = np.array([i for i in (*EXTREME.tolist(), *range(2, 6_000)) if _kernels.bucket_of(np.array([i]))[0] in (33, 34)])
+
+
+def smallest_budget(**options: Any) -> int:
+    """Return a budget in bytes that a table is just content with."""
+    budget = 50_000
+    while True:
+        try:
+            _kernels.Table(**options, budget_bytes=budget)
+        except ValueError:
+            budget += 1_000
+        else:
+            return budget
+
+
+class Row:
+    def __init__(self, values: Array, count: int, last: int) -> None:
+        self.values, self.count, self.last = values, count, last  # value and state; sixteenths; steps or seconds
+
+    def key(self) -> bytes:
+        return self.values.tobytes() + np.float32(self.count / 16).tobytes() + np.int64(self.last).tobytes()
+
+
+class TableMachine(RuleBasedStateMachine):
+    """Two buckets of a table, and dicts that do the same. Whom the table evicts, the model learns from the delta stream."""
+
+    @initialize(
+        adagrad=st.booleans(),
+        admit_after=st.integers(1, 3),
+        expiry=st.sampled_from([{}, {"expire_steps": 4}, {"expire_s": 6.0}]),
+        decay=st.sampled_from([1.0, 0.7]),
+        full=st.sampled_from(["", "lru", "lfu"]),
+        more_bytes=st.integers(0, 4_000),
+    )
+    def create(
+        self, adagrad: bool, admit_after: int, expiry: dict[str, Any], decay: float, full: str, more_bytes: int
+    ) -> None:
+        self.optimizer = optim.Adagrad(lr=0.25) if adagrad else optim.SGD(lr=0.25)
+        self.admit_after, self.decay, self.by_time = admit_after, decay, "expire_s" in expiry
+        self.expire_after = int(sum(expiry.values())) or None
+        slots = self.optimizer.row_slots(DIM)
+        options: dict[str, Any] = {"dim": DIM, "optimizer": self.optimizer.kind, "initial_slots": slots, "scale": 1.0}
+        self.empty = _kernels.Table(**options)
+        options |= {"admit_after": admit_after, "decay": decay, "buckets": (33, 35)} | expiry
+        if full:
+            options |= {"evict": full, "budget_bytes": smallest_budget(**options) + more_bytes}
+        self.budget = int(options.get("budget_bytes", 0))
+        self.table = _kernels.Table(**options)
+        self.table.track("model")
+        self.rows: dict[int, Row] = {}
+        self.counts: dict[int, list[int]] = {}  # of ids without a row: sixteenths, last seen
+        self.replica: dict[int, bytes] | None = None
+        self.step, self.now = 1, 0
+        self.written: set[int] = set()  # since the last changes
+        self.created: set[int] = set()
+
+    # The model.
+
+    @property
+    def clock(self) -> int:
+        return self.now if self.by_time else self.step
+
+    def has_expired(self, last: int) -> bool:
+        return self.expire_after is not None and self.clock - last > self.expire_after
+
+    def fresh(self, i: int) -> Array:
+        return np.concatenate(
+            (pull(self.empty, np.array([i]), DIM)[0], np.array(self.optimizer.row_slots(DIM), np.float32))
+        )
+
+    def advance(self, steps: int, seconds: int) -> None:
+        for _ in range((self.step + steps) // 1000 - self.step // 1000 if self.decay < 1.0 else 0):
+            for row in self.rows.values():
+                row.count = int(row.count * self.decay)
+            for counts in self.counts.values():
+                counts[0] = int(counts[0] * self.decay)
+        self.step += steps
+        self.now += seconds
+
+    def see(self, i: int, gradient: Array) -> None:
+        """A push of one id."""
+        if i in self.rows and self.has_expired(self.rows[i].last):
+            del self.rows[i]
+        if i not in self.rows:
+            counts = self.counts.get(i, [0, 0])
+            if self.has_expired(counts[1]):
+                counts[0] = 0
+            self.counts[i] = [counts[0] + 16, self.clock]
+            if self.counts[i][0] < 16 * self.admit_after:
+                return
+            self.rows[i] = Row(self.fresh(i), self.counts.pop(i)[0] - 16, 0)
+            self.created.add(i)
+        row = self.rows[i]
+        row.count, row.last = min(row.count + 16, (1 << 24) - 1), max(row.last, self.clock)
+        w, lr = row.values[:DIM], np.float32(0.25)
+        if self.optimizer.kind == "sgd":
+            w -= lr * gradient
+        else:
+            row.values[DIM:] += gradient * gradient
+            w -= lr * gradient / (np.sqrt(row.values[DIM:]) + np.float32(1e-10))
+        self.written.add(i)
+
+    def take_forgotten(self, i: int, there: set[int]) -> None:
+        """The counters of ids without a row are bounded, too: what the model has counted is the most that it may be."""
+        if i in there:
+            self.rows[i].count = int(np.frombuffer(dump(self.table)[i][-12:-8], np.float32)[0] * 16)
+        else:
+            self.rows.pop(i, None)
+            self.counts[i] = [16 * self.admit_after, self.clock]
+
+    def take_changes(self, batch: Array, gradients: Array | None) -> None:
+        """Bring the model up to what went beyond it: evictions, and the expired, whom `changes` sweeps away."""
+        ids, rows, gone, restart, more = self.table.changes("model")
+        assert not more
+        there, deleted = set(ids.tolist()), set(gone.tolist())
+        if restart:  # the log was too short: what there is is complete, so who is not there, or is not as he should be, was deleted
+            now = dump(self.table)
+            assert now.keys() == there
+            deleted = {i for i, row in self.rows.items() if i not in there or (i in batch and now[i] != row.key())}
+            self.written |= there
+        if self.budget == 0:
+            for i in deleted:
+                assert i not in self.rows or self.has_expired(self.rows[i].last) or i in self.written
+        for i in [i for i, row in self.rows.items() if self.has_expired(row.last)]:
+            assert i in deleted
+            del self.rows[i]
+        for n, i in enumerate(batch.tolist()):
+            if i in deleted and i in self.rows and gradients is not None:
+                del self.rows[i]  # evicted before it was this one's turn, and it came back; or after
+                if i in there:
+                    self.see(i, gradients[n])
+        for i in deleted:
+            if i not in there:
+                self.rows.pop(i, None)
+        if self.budget and self.admit_after > 1 and gradients is not None:
+            for i in self.created & set(batch.tolist()):
+                self.take_forgotten(i, there)
+        assert there == {i for i in self.written if i in self.rows}
+        assert {int(i): row.tobytes() for i, row in zip(ids, rows, strict=True)} == {
+            i: self.rows[i].values.tobytes() for i in there
+        }
+        self.written.clear()
+        self.created.clear()
+
+    # What happens.
+
+    batches = st.lists(st.sampled_from(POOL.tolist()), unique=True, max_size=60)
+
+    @rule(batch=batches, steps=st.sampled_from([0, 1, 1, 2, 700]), seconds=st.integers(0, 3), seed=st.integers(0, 99))
+    def push(self, batch: list[int], steps: int, seconds: int, seed: int) -> None:
+        gradients = np.random.default_rng(seed).integers(-8, 9, (len(batch), DIM)).astype(np.float32)
+        self.advance(steps, seconds)
+        # With admission, whether an id that was evicted came back in the same push is not to be seen: one at a time.
+        size = (
+            1 if self.budget and self.admit_after > 1 else max(1, min(len(batch), self.table.stats()["rows_max"] or 99))
+        )
+        for at in range(0, max(len(batch), 1), size):
+            ids, part = np.array(batch[at : at + size], np.int64), gradients[at : at + size]
+            push(self.table, self.optimizer, ids, part, self.step, self.now)
+            for i, gradient in zip(ids.tolist(), part, strict=True):
+                self.see(i, gradient)
+            self.take_changes(ids, part)
+
+    @rule(batch=batches, touch=st.booleans(), seconds=st.integers(0, 3), prefetch=st.booleans())
+    def pull(self, batch: list[int], touch: bool, seconds: int, prefetch: bool) -> None:
+        self.advance(0, seconds)
+        ids = np.array(batch + batch[:5], np.int64)
+        got = pull(self.table, ids, DIM, touch=touch, now=self.now, prefetch=prefetch)
+        for i, row in zip(ids.tolist(), got, strict=True):
+            known = self.rows.get(i)
+            if known is None or self.has_expired(known.last):
+                assert row.tobytes() == self.fresh(i)[:DIM].tobytes()
+            else:
+                assert row.tobytes() == known.values[:DIM].tobytes()
+                known.last = max(known.last, self.clock) if touch else known.last
+
+    @rule(batch=batches)
+    def delete(self, batch: list[int]) -> None:
+        count = self.table.delete(np.array(batch, np.int64))
+        assert count == sum(i in self.rows for i in batch)
+        for i in batch:
+            self.rows.pop(i, None)
+            self.counts.pop(i, None)
+        self.take_changes(np.empty(0), None)
+
+    @rule(batch=st.lists(st.sampled_from(POOL.tolist()), unique=True, max_size=4), seed=st.integers(0, 99))
+    def put(self, batch: list[int], seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        rows = rng.uniform(0.0, 1.0, (len(batch), len(self.fresh(0)))).astype(np.float32)
+        counts, seen = rng.integers(0, 50, len(batch)), np.full(len(batch), self.clock)
+        for i, row, count, last in zip(batch, rows, counts.tolist(), seen.tolist(), strict=True):
+            one = np.array([i])
+            self.table.put(
+                one, row[None], np.array([count / 16], np.float32), np.array([last]), step=self.step, now=self.now
+            )
+            self.rows[i] = Row(row.copy(), count, last)
+            self.counts.pop(i, None)
+            self.written.add(i)
+            self.take_changes(np.empty(0), None)
+
+    @rule(steps=st.integers(0, 3), seconds=st.integers(0, 3))
+    def sweep(self, steps: int, seconds: int) -> None:
+        self.advance(steps, seconds)
+        gone = self.table.sweep(step=self.step, now=self.now)
+        assert gone == sum(self.has_expired(row.last) for row in self.rows.values())
+        self.take_changes(np.empty(0), None)
+
+    @rule(limit=st.sampled_from([1, 5, 1 << 62]), whole=st.booleans())
+    def follow(self, limit: int, whole: bool) -> None:
+        """A second consumer, who asks now and then."""
+        if self.replica is None:
+            self.replica = {}
+            self.table.track("replica")
+        self.rows = {
+            i: row for i, row in self.rows.items() if not self.has_expired(row.last)
+        }  # they are swept away now
+        more = True
+        while more:
+            ids, rows, deleted, restart, more = self.table.changes("replica", limit)
+            if restart:
+                self.replica.clear()
+            for i in deleted.tolist():
+                self.replica.pop(i, None)
+            self.replica.update({int(i): row.tobytes() for i, row in zip(ids, rows, strict=True)})
+            if not whole:
+                return
+        assert self.replica == {i: row.values.tobytes() for i, row in self.rows.items()}
+
+    @precondition(lambda self: self.replica is not None)
+    @rule()
+    def stop_following(self) -> None:
+        self.table.untrack("replica")
+        self.replica = None
+
+    @invariant()
+    def is_the_same(self) -> None:
+        if not hasattr(self, "table"):
+            return
+        expected = {i: row.key() for i, row in self.rows.items() if not self.has_expired(row.last)}
+        assert dump(self.table) == expected
+        assert dump(self.table, 3) == expected
+        if self.budget:
+            assert self.table.bytes <= self.budget
+        assert self.table.stats()["rows"] >= len(expected)
+
+
+def test_a_table_does_what_plain_dicts_do() -> None:
+    run_state_machine_as_test(
+        TableMachine, settings=settings(derandomize=True, deadline=None, max_examples=100, stateful_step_count=30)
+    )
+
+
+# ---- the budget ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("evict", ["lru", "lfu"])
+@pytest.mark.parametrize("admit_after", [1, 2])
+def test_the_budget_is_never_exceeded(evict: str, admit_after: int) -> None:
+    """New ids, old ids, all ids of one bucket, imports, deletions, followers who do not ask; checked after every call."""
+    rng = np.random.default_rng(5)
+    budget = 1_500_000
+    options = {"budget_bytes": budget, "evict": evict, "admit_after": admit_after, "decay": 0.9, "expire_steps": 60}
+    table = make_table(RULES[2], 12, threads=2, **options)
+    limit = table.stats()["rows_max"]
+    assert budget / limit < 1.6 * (16 + 13 * 4)
+    skewed = np.flatnonzero(_kernels.bucket_of(np.arange(400_000)) == 7)
+    step, most = 1, 0
+    for turn in range(400):
+        kind = turn % 8
+        if kind == 5:
+            ids = rng.choice(skewed, 800, replace=False)
+        elif kind == 6:
+            ids = np.arange(turn * 10_000, turn * 10_000 + limit)
+        else:
+            ids = rng.choice(3 * limit, int(rng.integers(1, limit // 3)), replace=False)
+        values = np.ones((len(ids), 13), np.float32)
+        if kind == 7:
+            table.delete(ids)
+        elif kind == 4:
+            table.put(ids, values, values[:, 0].copy(), np.full(len(ids), step), step=step, now=0.0)
+        else:
+            push(table, RULES[2], ids, values[:, :12].copy(), step)
+        table.sweep(step=step, now=0.0)
+        if turn % 50 == 20:
+            table.track(f"follower {turn % 200}")
+        most = max(most, table.bytes)
+        assert most <= budget
+        step += int(rng.integers(0, 30))
+    stats = table.stats()
+    assert most > 0.8 * budget
+    assert stats["evicted"] > 10_000
+    assert stats["expired"] > 1_000
+    assert len(dump(table)) <= stats["rows"] <= limit
+
+
+def test_the_least_recently_used_and_the_least_frequently_used_go_first() -> None:
+    """Of rows drawn at random: so nearly all of the old, or the rare, and hardly any of the others."""
+    for evict in ("lru", "lfu"):
+        table = make_table(RULES[0], 4, budget_bytes=1 << 20, evict=evict)
+        limit = table.stats()["rows_max"]
+        kept, gone = np.arange(limit // 3), np.arange(limit, limit + limit // 3)
+        for step in range(1, 6):
+            push(table, RULES[0], kept, np.ones((len(kept), 4), np.float32), step)
+        push(table, RULES[0], gone, np.ones((len(gone), 4), np.float32), 6)
+        if evict == "lru":  # a pull counts as seen
+            push(table, RULES[0], gone[:0], np.ones((0, 4), np.float32), 7)
+            pull(table, kept, 4, touch=True)
+        fresh = np.arange(2 * limit, 2 * limit + limit // 2)
+        for part in np.array_split(fresh, 10):
+            push(table, RULES[0], part, np.ones((len(part), 4), np.float32), 8)
+        rows = dump(table)
+        assert sum(i in rows for i in kept.tolist()) > 0.9 * len(kept)
+
+
+def test_memory_grows_with_the_rows() -> None:
+    """Without a budget, at every size: at most 15 % above value, state and 16 bytes a row."""
+    table = make_table(RULES[2], 16, threads=2)
+    gradients = np.ones((50_000, 16), np.float32)
+    for at in range(0, 1_000_000, 50_000):
+        push(table, RULES[2], np.arange(at, at + 50_000), gradients)
+        if at >= 100_000:
+            assert table.bytes <= 1.15 * (at + 50_000) * (16 * 4 + 4 + 16)
+
+
+def test_a_follower_who_asks_too_late_starts_over() -> None:
+    table = make_table(RULES[0], 4, budget_bytes=1 << 20)
+    limit = table.stats()["rows_max"]
+    ones = np.ones((limit // 2, 4), np.float32)
+    table.track("late")
+    assert table.changes("late")[3], "the first time"
+    for at in range(0, 20 * limit, limit // 2):
+        push(table, RULES[0], np.arange(at, at + limit // 2), ones)
+    ids, rows, deleted, restart, more = table.changes("late")
+    assert restart
+    assert not more
+    assert len(deleted) == 0
+    assert {int(i): row.tobytes() for i, row in zip(ids, rows, strict=True)} == {
+        i: whole[:16] for i, whole in dump(table).items()
+    }
