@@ -935,3 +935,41 @@ def test_every_server_takes_its_share_of_the_budget() -> None:
         assert stats.evicted > 50_000
         assert stats.rows + stats.evicted == stats.admitted == 100_000
         assert all(server.shard.tables.tables[0].kernel.bytes <= 1 << 20 for server in started.servers)
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+@pytest.mark.parametrize("consistency", [ASP, BSP], ids=str)
+def test_a_batch_that_the_budget_cannot_hold_is_refused_and_leaves_nothing(consistency: Any, servers: int) -> None:
+    """Two workers' batches that fit, each of them, count both."""
+    everybody = threading.Barrier(2)
+
+    def body(session: hw.Session) -> tuple[int, int]:
+        policy = hw.RowPolicy(budget_bytes=1 << 20)
+        table = session.table("items", 4, optimizer=hw.optim.SGD(lr=1.0), policy=policy)
+        limit = table.stats().rows_max
+        ids = np.arange(int(1.2 * limit))
+        with pytest.raises(
+            errors.SettingError, match=r"Expected at most \d+ ids a push at one server, .* — table 'items'"
+        ):
+            table.push(ids, ones(len(ids), 4))
+        assert table.stats().rows == table.stats().step == 0
+        everybody.wait(20.0)
+        session.step()
+        table.push(ids[session.index :: 2], ones(len(ids[session.index :: 2]), 4))
+        session.step()
+        table.stats()  # and so the push has counted
+        everybody.wait(20.0)
+        stats = table.stats()
+        assert stats.bytes <= 1 << 20
+        assert stats.rows + stats.evicted == stats.admitted == len(ids)
+        trained, evicted = everything(table), set(ids.tolist())
+        evicted -= set(trained)
+        first = session.table("like", 4).pull(sorted(evicted)[:5])
+        np.testing.assert_array_equal(table.pull(sorted(evicted)[:5]), first)  # as if they had never been there
+        return stats.step, stats.rows
+
+    with job("shm", servers, workers=2, consistency=consistency) as run:
+        (steps, rows), other = run(body)
+        assert (steps, rows) == other
+        assert steps == (1 if consistency == BSP else 2)
+        assert rows > 1000

@@ -185,6 +185,14 @@ def difference(ours: TableSpec, wanted: Any) -> str:
     return ""
 
 
+def too_many(count: int, limit: int, spec: TableSpec) -> str:
+    """Say that a batch does not fit the budget."""
+    return (
+        f"Expected at most {limit} ids a push at one server, which is what budget_bytes={spec.policy.budget_bytes} holds, got {count} "
+        f"— table {spec.name!r}: raise the budget, or push smaller batches."
+    )
+
+
 def buckets_of(server: int, servers: int) -> tuple[int, int]:
     """Return the buckets [first, limit) that live on this server."""
     return -(-BUCKETS * server // servers), -(-BUCKETS * (server + 1) // servers)
