@@ -34,6 +34,7 @@ from headwater._messages import (
     Prepare,
     Prepared,
 )
+from headwater._table import Tables
 from headwater.optim import AnyOptimizer
 
 #: (runs, scalars, contributions, coefficients) as `_kernels.apply` takes them.
@@ -95,6 +96,7 @@ class Shard:
 
     def __init__(self, *, threads: int = 1, level: str = "auto") -> None:
         self.threads, self.level = threads, level
+        self.tables = Tables(threads=threads, level=level)
         self.lock = threading.Lock()
         self.commit = 0
         self.side = 0
@@ -109,6 +111,9 @@ class Shard:
     def handle(self, request: AnyMessage) -> AnyMessage:
         """Carry out a request of the coordinator and return the answer."""
         with self.lock:
+            answer = self.tables.handle(request)
+            if answer is not None:
+                return answer
             if not isinstance(request, (Prepare, Norms)):
                 self._foreseen = None
             match request:
