@@ -22,7 +22,6 @@ class FusedPass:
         self.sides = [self._planes(), self._planes()]
         self._scalars = np.array([self._settings.row(self._settings.scalars(), 1)])
         self._coefficients = np.full((1, len(gradients)), 1 / len(gradients))
-        self._sums = np.empty(-(-self.size // _kernels.BLOCK)) if self._settings.clip_norm else None
 
     def _planes(self) -> list[np.ndarray]:
         slots = [zeroed(4 * self.size).view(np.float32) for _ in self._settings.slots]
@@ -33,16 +32,16 @@ class FusedPass:
     def __call__(self, side: int, start: int, stop: int, threads: int) -> None:
         """Sum the gradients of elements [start, stop), step from one side of the state to the other, check.
 
-        With a clip_norm the norm is measured in the same pass, as where it is not exceeded.
+        With a clip_norm the gradient is measured first, as where the step before was clipped.
         """
         source, target = ([plane[start:stop] for plane in self.sides[i]] for i in (side, 1 - side))
         runs = np.array([[0, stop - start, 0]])
         gradients = [gradient[start:stop].view(np.uint8) for gradient in self._gradients]
         commit = (runs, self._scalars, gradients, self._coefficients)
         kind, flags = self._settings.kind, self._settings.flags
-        bad = _kernels.apply(
-            kind, flags, "float32", source, target, [commit], threads=threads, level="auto", sums=self._sums
-        )
+        if self._settings.clip_norm is not None:
+            _kernels.square_sums("float32", runs, gradients, self._coefficients, threads=threads, level="auto")
+        bad = _kernels.apply(kind, flags, "float32", source, target, [commit], threads=threads, level="auto")
         assert bad is None, f"a gradient of the bench is not finite: {bad}"
 
 
