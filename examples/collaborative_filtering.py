@@ -90,7 +90,9 @@ def batches(ratings: Ratings, size: int, seed: Sequence[int]) -> Iterator[tuple[
         yield torch.from_numpy(some.users), torch.from_numpy(some.films), torch.from_numpy(some.stars)
 
 
-def train(session: hw.Session, model: Factorisation, ratings: Ratings, held_out: Ratings, options: argparse.Namespace) -> None:
+def train(
+    session: hw.Session, model: Factorisation, ratings: Ratings, held_out: Ratings, options: argparse.Namespace
+) -> None:
     """Make this worker's part of the epochs; worker 0 looks after each how well the held-out ratings are foreseen."""
     optimizer = hw.torch.Optimizer(model, hw.optim.Adam(lr=3e-3), session=session)  # for what is no table
     part = ratings[np.array(session.shard(range(len(ratings))))]
@@ -145,10 +147,14 @@ def wait_for_others(session: hw.Session) -> None:
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Foresee how people rate films they have not rated, with Headwater.")
-    parser.add_argument("--data", type=Path, metavar="PATH", help="your own MovieLens-100k; default: fetched once by pip")
+    parser.add_argument(
+        "--data", type=Path, metavar="PATH", help="your own MovieLens-100k; default: fetched once by pip"
+    )
     parser.add_argument("--model", choices=["factorisation", "two-tower"], default="factorisation")
     parser.add_argument(
-        "--consistency", default="asp", help="bsp, ssp:STALENESS, asp (default), or mixed: asp for the tables, bsp for the rest"
+        "--consistency",
+        default="asp",
+        help="bsp, ssp:STALENESS, asp (default), or mixed: asp for the tables, bsp for the rest",
     )
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch", type=int, default=2000, help="ratings per worker and step; default 2000")
@@ -163,7 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     everything, catalogue = load(options.data)
     ratings, held_out = everything.split(options.seed)
     job = "bsp" if options.consistency == "mixed" else options.consistency
-    with hw.connect(consistency=hw.Consistency.parse(job)) as session:  # $HEADWATER_ADDRESS, or a server inside this process
+    with hw.connect(
+        consistency=hw.Consistency.parse(job)
+    ) as session:  # $HEADWATER_ADDRESS, or a server inside this process
         mean = float(ratings.stars.mean())
         if options.model == "two-tower":
             model: Factorisation = TwoTower(session, mean, options, catalogue)
