@@ -102,3 +102,163 @@ class Heartbeat:
     @property
     def alive(self) -> bool:
         """Whether it still beats."""
+
+def bucket_of(ids: Buffer) -> npt.NDArray[np.uint8]:
+    """Return the bucket of each id, int64 (n,): the top 8 bits of its 64-bit mix. Bucket b lives on server b·servers // 256."""
+
+def unique(ids: Buffer, servers: int = 1) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """Return (distinct ids, ends, inverse) of ids, int64 (n,) with n below 2^31.
+
+    distinct: int64 (u,), grouped by server; within a server in order of first appearance.
+    ends: int64 (servers,): where in `distinct` each server's ids end (not included).
+    inverse: int32 (n,): distinct[inverse] == ids.
+    """
+
+def sum_rows(
+    rows: Buffer,
+    targets: Buffer,
+    out: Buffer,
+    *,
+    sources: Buffer | None = None,
+    weights: Buffer | None = None,
+    threads: int = 1,
+    level: str = "auto",
+) -> None:
+    """Set out[t] = Σ weights[i] · rows[sources[i]] over the i with targets[i] == t, in ascending i, from zero.
+
+    rows: float32 (r, dim). targets: int32 (n,). out: float32 (u, dim), where nothing has t: zeros.
+    sources: int32 (n,), default 0, 1, 2, …: then r must be n. weights: float32 (n,), default 1.
+    So it sums gradients of equal ids (targets = inverse), pools bags (targets = bag of i, sources = inverse) and spreads a
+    bag's gradient (targets = inverse, sources = bag of i). The same bits at every level and thread count.
+    Raises ValueError for arguments that do not fit, an index out of range among them; then out is not written.
+    """
+
+def take_rows(rows: Buffer, sources: Buffer, out: Buffer, *, threads: int = 1) -> None:
+    """Set out[i] = rows[sources[i]]: float32 (r, dim), int32 (n,), float32 (n, dim). Raises ValueError as sum_rows does."""
+
+def find_bad(rows: Buffer, *, threads: int = 1) -> int:
+    """Return the flat index of the first NaN or infinity among float32 values of any shape, or -1."""
+
+def hash_ids(strings: Sequence[str | bytes]) -> npt.NDArray[np.int64]:
+    """Return a 64-bit hash per string (text as UTF-8): stable over runs, versions and machines; not for security."""
+
+class Table:
+    """One server's rows of one table: int64 ids to `dim` float32 values and the optimizer's state.
+
+    It can be shared between threads: calls that change rows exclude each other and readers, and the GIL is released.
+    A row exists once a push trained it (after `admit_after` sightings) or `put` wrote it. An id without a row has its initial
+    value: a pure function of (seed, id, position). Rows lie in 256 buckets, by `bucket_of`; each has its own index, its
+    own rows, an equal share of the budget, and is worked on by one thread at a time, in the order of the batch: so the
+    same calls give the same rows, evictions and bits, whatever the thread count or SIMD level. (With spilling, what
+    `prefetch` brought in by the time of a call decides which rows are in memory, never what they hold.)
+
+    Last seen, of a row: with expire_s the time of the last push, put or touching pull, in whole seconds; otherwise the step.
+    Count, of a row: its sightings, that is pushes, in sixteenths, at most 2^20; see `decay`.
+
+    Every call raises ValueError for arguments that do not fit (wrong dtype, shape, an id whose bucket lives elsewhere) before
+    anything changes. MemoryError, when the system gives no more: the table is consistent, the push may be applied in part.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        optimizer: str,
+        initial_slots: Sequence[float],
+        *,
+        seed: int = 0,
+        initial: str = "uniform",
+        scale: float = 0.0,
+        admit_after: int = 1,
+        expire_steps: int = 0,
+        expire_s: float = 0.0,
+        decay: float = 1.0,
+        budget_bytes: int = 0,
+        when_full: str = "evict",
+        evict: str = "lru",
+        spill_folder: str = "",
+        buckets: tuple[int, int] = (0, 256),
+        threads: int = 1,
+        level: str = "auto",
+    ) -> None:
+        """Make an empty table.
+
+        dim: 1 to 65,536. optimizer, initial_slots: as `optim.Optimizer.kind` and `optim.Optimizer.row_slots(dim)` give them:
+            "sgd" (no state), "adagrad" (dim), "rowwise_adagrad" (1), "adam" (2·dim: mean, mean of squares), "ftrl" (2·dim: z, n).
+        seed: any 64-bit integer. initial: "constant" (scale everywhere), "uniform" (in [−scale, scale)) or
+            "normal" (standard deviation `scale`: a sum of eight uniform numbers, so within 4.9 · scale).
+        admit_after: sightings until an id gets its row; 1: at the first. The counters of ids without a row are bounded (an
+            eighth of the budget, or of the rows' bytes, and at least 64 kB a table): beyond it the least seen are forgotten.
+        expire_steps, expire_s: a row unseen for longer is gone; 0: never. Only one of them.
+        decay: counts are multiplied by it once every 1,000 steps, rounded down to a sixteenth. 0 < decay <= 1.
+        budget_bytes: 0: no limit. Everything counts, growth too, and `bytes` never exceeds it. ValueError, naming the smallest,
+            when it is too small for a handful of rows in each bucket.
+        when_full: "evict" or "spill" (to an unnamed file in spill_folder, which must exist; OSError when it cannot be made).
+        evict: "lru" or "lfu": who goes, the worst of a few rows drawn at random.
+        buckets: [first, limit) of those that live here.
+        """
+
+    def pull(self, ids: Buffer, out: Buffer, *, touch: bool, now: float, prefetch: bool = True) -> int:
+        """Set out, float32 (n, dim), to the rows of ids, int64 (n,), in any order and repeated at will. Return how many had one.
+
+        touch: it counts as seen, and spilled rows come back to memory; without it nothing changes. now: seconds, time.time();
+        it matters only with expire_s. prefetch=False is for benchmarks: no memory is asked for ahead of its use.
+        Raises OSError when a spilled row cannot be read; out is then garbage and no row is lost.
+        """
+
+    def push(self, ids: Buffer, gradients: Buffer, scalars: Buffer, *, step: int, now: float) -> None:
+        """Take one optimizer step at each id's row; ids without one are counted, admitted, or refused.
+
+        ids: int64 (n,), distinct (one that is repeated takes a step for each). gradients: float32 (n, dim), finite (see
+        `find_bad`). scalars: float64, as `optim.Optimizer.row(scalars, step)` gives them. step: from 1, below 2^32, never
+        falling. Raises ValueError for more ids than the budget holds rows; OSError (errno set) when the disk is full or
+        fails while spilling: then nothing of the push is applied.
+        """
+
+    def prefetch(self, ids: Buffer) -> None:
+        """Start to bring spilled rows of ids into memory and return at once; best effort, errors are left to the pull."""
+
+    def sweep(self, *, step: int, now: float) -> int:
+        """Look at the next few rows, delete the expired among them and return how many: cheap, call it every step.
+
+        Expired rows not yet swept away count in `rows` but behave as if they were gone.
+        """
+
+    def delete(self, ids: Buffer) -> int:
+        """Delete the rows of ids; return how many there were."""
+
+    def export(
+        self, cursor: int = 0, limit: int = 1 << 16
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.int64], int]:
+        """Return (ids, rows, counts, last seen, next cursor) of up to `limit` rows from `cursor` on; begin with 0, -1 is the end.
+
+        rows: float32 (k, dim + slots), value then state. Spilled rows are read, and stay where they are; expired ones are
+        left out. A row comes exactly once when nothing changes the table in between.
+        """
+
+    def put(self, ids: Buffer, rows: Buffer, counts: Buffer, last_seen: Buffer, *, step: int, now: float) -> None:
+        """Write whole rows as export gives them: ids distinct, no admission, no optimizer; the budget holds. Errors as with push."""
+
+    def track(self, consumer: str) -> None:
+        """Begin a delta stream by this name, at most 8 at once; again by the same name: it starts over."""
+
+    def untrack(self, consumer: str) -> None:
+        """End it. ValueError when there is none by this name."""
+
+    def changes(
+        self, consumer: str, limit: int = 1 << 62
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int64], bool, bool]:
+        """Return (written ids, rows, deleted ids, restart, more) since the consumer last asked, at most about `limit` rows.
+
+        rows: float32 (k, dim + slots) as they are now. To follow: with `restart` (the first time, and when more rows were
+        deleted than the bounded log holds) drop everything; then drop `deleted`, then write `rows`; ask again while `more`.
+        A replica that has followed until `more` is False equals the table. ValueError for a name that is not tracked.
+        """
+
+    def stats(self) -> dict[str, int]:
+        """Return rows (in memory), spilled_rows, bytes, budget_bytes, spilled_bytes (on disk), rows_max (in memory, 0: no budget), step;
+        and since the beginning: admitted, refused (sightings without a row), evicted, expired, deleted, spilled, loaded, hits
+        and misses (of pulls)."""
+
+    @property
+    def bytes(self) -> int:
+        """Memory held: rows, index, counters, logs, and what is allocated but not yet used."""

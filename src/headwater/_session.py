@@ -202,6 +202,7 @@ class Session:
         self._require_open()
         if self._layout is not None:
             raise UsageError("Expected one registration per session, got another: give one optimizer all parameters.")
+        optimizer.check_dense()
         layout = Layout(specs)
         answer = self._ask(Register(layout.specs, optimizer), Registered)
         self._layout, self._optimizer = layout, optimizer

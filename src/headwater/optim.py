@@ -31,6 +31,9 @@ _RANGES = {
     "beta1": (0.0, 1.0),
     "beta2": (0.0, 1.0),
     "initial_accumulator_value": (0.0, _MANY),
+    "beta": (0.0, _MANY),
+    "l1": (0.0, _MANY),
+    "l2": (0.0, _MANY),
 }
 
 
@@ -41,6 +44,7 @@ class Optimizer(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unkn
     kind: ClassVar[str]
     #: The settings that may change by the step, in the order in which they travel.
     scalar_names: ClassVar[tuple[str, ...]] = ()
+    is_for_tables: ClassVar[bool] = False  # and not for tensors
 
     def __post_init__(self) -> None:
         for field in msgspec.structs.fields(self):
@@ -95,6 +99,19 @@ class Optimizer(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unkn
         """Return what must be equal at every worker: everything but the scalars."""
         return (self.kind, self.flags)
 
+    def row_slots(self, dim: int) -> list[float]:
+        """Return the state that a new row of `dim` values begins with in a table; SettingError for what tables do not have."""
+        raise SettingError(
+            f"Expected SGD, Adagrad, RowwiseAdagrad, Adam or FTRL for a table, got {self._name}: give the table one of these."
+        )
+
+    def check_dense(self) -> None:
+        """Raise SettingError unless tensors can have it."""
+        if self.is_for_tables:
+            raise SettingError(
+                f"Expected an optimizer of tensors, got {self._name}, of tables only: take Adagrad instead."
+            )
+
 
 class _Descent(Optimizer, frozen=True, kw_only=True):
     """An optimizer that follows the gradient: what all but Mean share."""
@@ -114,6 +131,14 @@ class _Descent(Optimizer, frozen=True, kw_only=True):
 
     def structure(self) -> tuple[Any, ...]:
         return (*super().structure(), self.maximize, self.clip_norm)
+
+    def _plain_row(self, slots: list[float], **others: object) -> list[float]:
+        """Return the slots, or raise SettingError for settings that tables do not have."""
+        found = {"maximize": self.maximize, "clip_norm": self.clip_norm} | others
+        wrong = ", ".join(f"{name}={value}" for name, value in found.items() if value)
+        if wrong:
+            raise SettingError(f"Expected {self._name} without {wrong} for a table: leave it out.")
+        return slots
 
 
 class _Momentum(_Descent, frozen=True, kw_only=True):
@@ -170,6 +195,9 @@ class SGD(_Momentum, frozen=True, kw_only=True):
                 f"and dampening {scalars['dampening']} — SGD."
             )
 
+    def row_slots(self, dim: int) -> list[float]:
+        return self._plain_row([], momentum=self.momentum)
+
     def row(self, scalars: Mapping[str, float], step: int) -> list[float]:
         # torch.optim starts the buffer with the first gradient itself: 0·momentum + 1·gradient.
         fresh = 1.0 if step <= 1 else 1.0 - scalars["dampening"]
@@ -201,6 +229,9 @@ class Adagrad(_Descent, frozen=True, kw_only=True):
 
     def structure(self) -> tuple[Any, ...]:
         return (*super().structure(), self.initial_accumulator_value)
+
+    def row_slots(self, dim: int) -> list[float]:
+        return self._plain_row([self.initial_accumulator_value] * dim)
 
     def row(self, scalars: Mapping[str, float], step: int) -> list[float]:
         rate = scalars["lr"] / (1.0 + (max(step, 1) - 1) * scalars["lr_decay"])
@@ -279,6 +310,9 @@ class Adam(_Descent, frozen=True, kw_only=True):
         """Decay of the squared gradient's mean."""
         return self.betas[1]
 
+    def row_slots(self, dim: int) -> list[float]:
+        return self._plain_row([0.0] * (2 * dim), amsgrad=self.amsgrad)
+
     def row(self, scalars: Mapping[str, float], step: int) -> list[float]:
         # Kingma and Ba, section 2 at the end: the corrections folded into the step size and the denominator.
         lr, beta1, beta2 = scalars["lr"], scalars["beta1"], scalars["beta2"]
@@ -300,6 +334,9 @@ class AdamW(Adam, frozen=True, kw_only=True):
 
     weight_decay: float = 1e-2
 
+    def row_slots(self, dim: int) -> list[float]:
+        return Optimizer.row_slots(self, dim)
+
     def _decay(self, lr: float, weight_decay: float) -> float:
         """Return what is kept of the parameter."""
         return 1.0 - lr * weight_decay
@@ -314,7 +351,56 @@ class Mean(Optimizer, frozen=True, kw_only=True):
         return []
 
 
+class RowwiseAdagrad(Adagrad, frozen=True, kw_only=True):
+    """Adagrad with one accumulator a row, the mean of its squared gradients; of tables only.
+
+    It keeps 4 bytes of state a row instead of 4 a value.
+    """
+
+    kind: ClassVar[str] = "rowwise_adagrad"
+    is_for_tables: ClassVar[bool] = True
+
+    def row_slots(self, dim: int) -> list[float]:
+        return self._plain_row([self.initial_accumulator_value])
+
+
+class FTRL(_Descent, frozen=True, kw_only=True):
+    """Follow the regularised leader (McMahan et al., 2013, algorithm 1), the rate per value ∝ 1/√Σg²; of tables only.
+
+    The value follows from the state: what a row began with matters only for its first gradient.
+    """
+
+    kind: ClassVar[str] = "ftrl"
+    is_for_tables: ClassVar[bool] = True
+    scalar_names: ClassVar[tuple[str, ...]] = ("lr", "beta", "l1", "l2")
+
+    lr: float = 0.1
+    beta: float = 1.0
+    l1: float = 0.0
+    l2: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_lr(self.lr)
+
+    def check(self, scalars: Mapping[str, float]) -> None:
+        super().check(scalars)
+        self._check_lr(scalars["lr"])
+
+    def _check_lr(self, lr: float) -> None:
+        if lr == 0.0:
+            raise SettingError("Expected lr above 0, got 0.0 — FTRL divides by it.")
+
+    def row_slots(self, dim: int) -> list[float]:
+        return self._plain_row([0.0] * (2 * dim))
+
+    def row(self, scalars: Mapping[str, float], step: int) -> list[float]:
+        return [scalars["lr"], scalars["beta"], scalars["l1"], scalars["l2"]]
+
+
+#: What tensors can have, and what tables can have.
 AnyOptimizer: TypeAlias = SGD | Adagrad | RMSprop | Adam | AdamW | Mean
+RowOptimizer: TypeAlias = SGD | Adagrad | RowwiseAdagrad | Adam | FTRL
 
 
 def _number(optimizer: Optimizer, name: str, value: Any) -> float:

@@ -16,10 +16,12 @@
 #include <vector>
 
 #include "arena.h"
+#include "arguments.h"
 #include "heartbeat.h"
 #include "levels.h"
 #include "passes.h"
 #include "pool.h"
+#include "table_module.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -29,59 +31,6 @@ namespace {
 
 constexpr int64_t kAlone = 1 << 16;             // elements: less than this is not worth waking a thread
 constexpr int64_t kStreamedBytes = 16ll << 20;  // more than this will not stay in the cache anyway
-
-[[noreturn]] void refuse(const std::string& text) { throw nb::value_error(text.c_str()); }
-
-// ---- arguments -----------------------------------------------------------------------------------------------
-
-// A contiguous buffer, held for as long as this object lives.
-class Buffer {
- public:
-  // formats: the element formats it may have besides plain bytes, as in the struct module.
-  Buffer(nb::handle object, const char* formats, int64_t item, bool writable, const std::string& what) {
-    const int flags = PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0);
-    if (PyObject_GetBuffer(object.ptr(), &view_, flags) != 0) {
-      PyErr_Clear();
-      refuse("Expected a contiguous " + std::string(writable ? "writable " : "") + "buffer — " + what + ".");
-    }
-    const std::string problem = check(formats, item);
-    if (!problem.empty()) {
-      PyBuffer_Release(&view_);
-      refuse(problem + " — " + what + ".");
-    }
-  }
-  ~Buffer() {
-    if (view_.obj != nullptr) PyBuffer_Release(&view_);
-  }
-  Buffer(Buffer&& other) noexcept : view_(other.view_) { other.view_.obj = nullptr; }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-
-  char* data() const { return static_cast<char*>(view_.buf); }
-  int64_t bytes() const { return view_.len; }
-  int dimensions() const { return view_.ndim; }
-  int64_t side(int i) const { return view_.shape == nullptr ? view_.len / view_.itemsize : view_.shape[i]; }
-
- private:
-  std::string check(const char* formats, int64_t item) const {
-    const char* format = view_.format == nullptr ? "B" : view_.format;
-    if (*format == '@' || *format == '=' || *format == '<') format++;
-    const bool plain = std::strcmp(format, "B") == 0 || std::strcmp(format, "b") == 0 || std::strcmp(format, "c") == 0;
-    const bool typed = format[0] != 0 && format[1] == 0 && std::strchr(formats, format[0]) != nullptr && view_.itemsize == item;
-    if (!typed && !plain) {
-      return std::string("Expected elements of format '") + formats + "' or bytes, got '" + format + "'";
-    }
-    if (view_.len % item != 0) {
-      return "Expected a multiple of " + std::to_string(item) + " bytes, got " + std::to_string(view_.len);
-    }
-    if (reinterpret_cast<uintptr_t>(view_.buf) % static_cast<uintptr_t>(item) != 0) {
-      return "Expected an address that is a multiple of " + std::to_string(item);
-    }
-    return "";
-  }
-
-  Py_buffer view_ = {};
-};
 
 struct WireName {
   const char* name;
@@ -103,19 +52,6 @@ const WireName& wire_of(const std::string& name) {
     if (name == wire.name) return wire;
   }
   refuse("Expected the dtype float32, float64, bfloat16 or float16, got " + name + ".");
-}
-
-const Level& level_of(const std::string& name) {
-  const Level* level = find_level(name);
-  if (level == nullptr) refuse("Expected a level of simd_levels() or auto, got " + name + ".");
-  return *level;
-}
-
-int threads_of(int threads) {
-  if (threads < 1 || threads > kThreadsMax) {
-    refuse("Expected 1 to " + std::to_string(kThreadsMax) + " threads, got " + std::to_string(threads) + ".");
-  }
-  return threads;
 }
 
 struct OptimizerName {
@@ -490,4 +426,6 @@ NB_MODULE(_kernels, m) {
           "fd"_a, "frame"_a, "interval_s"_a)
       .def("stop", &Heartbeat::stop, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("alive", &Heartbeat::alive);
+
+  add_tables(m);
 }

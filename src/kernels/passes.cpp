@@ -832,9 +832,11 @@ void widen(Wire wire, float* target, const void* source, int64_t elements) {
 
 }  // namespace
 
+extern const RowLevel HEADWATER_JOIN(rows_, HEADWATER_LEVEL);
 extern const Level HEADWATER_JOIN(level_, HEADWATER_LEVEL);
 const Level HEADWATER_JOIN(level_, HEADWATER_LEVEL) = {
     HEADWATER_TEXT(HEADWATER_LEVEL), apply, square_sum, find_non_finite, copy, narrow, widen,
+    &HEADWATER_JOIN(rows_, HEADWATER_LEVEL),
 };
 
 }  // namespace headwater

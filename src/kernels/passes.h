@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "rows.h"
+
 namespace headwater {
 
 constexpr int64_t kBlock = 16384;  // elements: the unit of hand-out to threads and of square sums
@@ -63,6 +65,7 @@ struct Level {
   void (*copy)(void* target, const void* source, int64_t bytes, bool streamed);
   void (*narrow)(Wire wire, void* target, const float* source, int64_t elements);  // round to nearest even
   void (*widen)(Wire wire, float* target, const void* source, int64_t elements);
+  const RowLevel* rows;
 };
 
 extern const Level level_baseline;

@@ -1,0 +1,275 @@
+#include "bucket.h"
+
+#include <algorithm>
+#include <cmath>
+#include <new>
+#include <stdexcept>
+
+namespace headwater {
+namespace {
+
+constexpr int kDraws = 8;              // rows of which the worst goes
+constexpr int64_t kDeletedMin = 1024;  // ids
+constexpr size_t kNeighbours = 8;
+
+uint32_t decayed_count(uint32_t count, double factor, uint64_t times) {
+  for (; times > 0 && count > 0; times--) count = static_cast<uint32_t>(std::floor(count * factor));
+  return count;
+}
+
+}  // namespace
+
+// ---- candidates ----------------------------------------------------------------------------------------------
+
+size_t Candidates::find(int64_t id, uint64_t hash) const {
+  size_t place = home(hash);
+  while (entries_[place].last != kNone && entries_[place].id != id) place = (place + 1) & (entries_.size() - 1);
+  return place;
+}
+
+uint32_t Candidates::last_seen(int64_t id, uint64_t hash) const { return entries_.empty() ? kNone : entries_[find(id, hash)].last; }
+
+void Candidates::forget(int64_t id, uint64_t hash) {
+  if (entries_.empty()) return;
+  const size_t place = find(id, hash);
+  if (entries_[place].last != kNone) remove(place);
+}
+
+void Candidates::remove(size_t place) {
+  const size_t mask = entries_.size() - 1;
+  used_--;
+  for (size_t next = (place + 1) & mask; entries_[next].last != kNone; next = (next + 1) & mask) {
+    // An entry may move back to the hole unless its home lies after the hole.
+    const size_t from = home(hash_of(entries_[next].id));
+    if (((next - from) & mask) >= ((next - place) & mask)) {
+      entries_[place] = entries_[next];
+      place = next;
+    }
+  }
+  entries_[place].last = kNone;
+}
+
+void Candidates::grow(size_t places) {
+  std::vector<Entry> old(places, Entry{0, kNone, 0});
+  old.swap(entries_);
+  for (const Entry& entry : old) {
+    if (entry.last != kNone) entries_[find(entry.id, hash_of(entry.id))] = entry;
+  }
+}
+
+uint32_t Candidates::see(int64_t id, uint64_t hash, uint32_t clock, int64_t bytes_max) {
+  size_t place = entries_.empty() ? 0 : find(id, hash);
+  if (entries_.empty() || entries_[place].last == kNone) {
+    if (used_ + 1 > entries_.size() / 4 * 3) {
+      const size_t places = std::max<size_t>(16, 2 * entries_.size());
+      if (bytes() + static_cast<int64_t>(places * sizeof(Entry)) <= bytes_max) grow(places);
+      else if (entries_.empty()) return kSighting;  // not even room for a few
+      place = find(id, hash);
+    }
+    if (used_ + 1 > entries_.size() / 4 * 3) {
+      size_t worst = kNone;
+      for (size_t i = 0, at = home(hash); i < kNeighbours || worst == kNone; i++, at = (at + 1) & (entries_.size() - 1)) {
+        const Entry& entry = entries_[at];
+        if (entry.last == kNone) continue;
+        const bool is_worse = worst == kNone || entry.count < entries_[worst].count ||
+                              (entry.count == entries_[worst].count && entry.last < entries_[worst].last);
+        if (is_worse) worst = at;
+      }
+      remove(worst);
+      place = find(id, hash);
+    }
+    entries_[place] = Entry{id, clock, 0};
+    used_++;
+  }
+  Entry& entry = entries_[place];
+  entry.last = clock;
+  entry.count = std::min(entry.count + kSighting, kCountMax);
+  return entry.count;
+}
+
+void Candidates::decay(double factor, uint64_t times) {
+  for (Entry& entry : entries_) entry.count = decayed_count(entry.count, factor, times);
+}
+
+// ---- index ---------------------------------------------------------------------------------------------------
+
+void Bucket::init(const Shape* shape, Slabs* slabs, int number) {
+  shape_ = shape;
+  slabs_ = slabs;
+  number_ = number;
+  lines_.reset(static_cast<Line*>(std::aligned_alloc(sizeof(Line), sizeof(Line))));
+  if (lines_ == nullptr) throw std::bad_alloc();
+  std::memset(lines_.get(), 0, sizeof(Line));
+  line_count_ = 1;
+}
+
+void Bucket::add_to_index(uint64_t hash, uint32_t number) {
+  for (int64_t at = home(hash);; at = at + 1 == line_count_ ? 0 : at + 1) {
+    Line& line = lines_[at];
+    for (uint32_t& slot : line.slots) {
+      if (slot != 0) continue;
+      slot = tag_of(hash) | number;
+      return;
+    }
+    line.passed++;
+  }
+}
+
+void Bucket::remove_from_index(uint64_t hash, uint32_t number) {
+  const uint32_t wanted = tag_of(hash) | number;
+  for (int64_t at = home(hash);; at = at + 1 == line_count_ ? 0 : at + 1) {
+    Line& line = lines_[at];
+    for (uint32_t& slot : line.slots) {
+      if (slot != wanted) continue;
+      slot = 0;
+      return;
+    }
+    line.passed--;
+  }
+}
+
+bool Bucket::grow_index() {
+  int64_t lines = line_count_ + line_count_ / 4 + 1;
+  // Buckets set out from different sizes, so that they do not all grow in the same push, nor are all nearly empty after it.
+  if (line_count_ < 64 && lines >= 64) lines = 64 + number_ % 16;
+  // The last step is a large one: then what is there before it leaves room for both indexes.
+  if (lines + lines / 4 >= shape_->lines_max) lines = shape_->lines_max;
+  const int64_t bytes = lines * static_cast<int64_t>(sizeof(Line));
+  if (lines <= line_count_ || charged() + bytes > shape_->quota) return false;
+  Line* fresh = static_cast<Line*>(std::aligned_alloc(sizeof(Line), static_cast<size_t>(bytes)));
+  if (fresh == nullptr) throw std::bad_alloc();
+  std::memset(fresh, 0, static_cast<size_t>(bytes));
+  lines_.reset(fresh);
+  line_count_ = lines;
+
+  constexpr uint32_t kAhead = 8;
+  uint64_t hashes[kAhead];
+  for (uint32_t n = 0; n < used_ + kAhead; n++) {
+    if (n >= kAhead && !row(n - kAhead)->is_free()) add_to_index(hashes[n % kAhead], n - kAhead);
+    if (n >= used_) continue;
+    hashes[n % kAhead] = hash_of(row(n)->id);
+    prefetch_line(hashes[n % kAhead]);
+  }
+  return true;
+}
+
+// ---- rows ----------------------------------------------------------------------------------------------------
+
+int64_t Bucket::bytes() const {
+  return line_count_ * static_cast<int64_t>(sizeof(Line)) + static_cast<int64_t>(chunks_.capacity() * sizeof(char*)) +
+         static_cast<int64_t>(deleted.capacity() * sizeof(int64_t)) + candidates.bytes();
+}
+
+// What counts against the quota.
+int64_t Bucket::charged() const {
+  return line_count_ * static_cast<int64_t>(sizeof(Line)) + static_cast<int64_t>(chunks_.capacity() * sizeof(char*)) +
+         static_cast<int64_t>(chunks_.size()) * shape_->chunk_cost;
+}
+
+bool Bucket::grow_rows() {
+  const int64_t count = static_cast<int64_t>(chunks_.size());
+  if (count == shape_->chunks_max) return false;
+  if ((count + 1) << shape_->shift > kRowsMax) {
+    throw std::length_error("Expected at most 8,388,608 rows in each of 256 buckets: use more servers or a budget.");
+  }
+  if (shape_->chunks_max < kRowsMax) chunks_.reserve(static_cast<size_t>(shape_->chunks_max));  // no more than it needs
+  else chunks_.reserve(chunks_.size() + 1 > chunks_.capacity() ? chunks_.size() + chunks_.size() / 2 + 1 : chunks_.capacity());
+  chunks_.push_back(slabs_->take());
+  return true;
+}
+
+template <class Visit>
+void Bucket::draw_victims(uint64_t draw, Visit visit) const {
+  for (int i = 0; i < kDraws; i += 2) {
+    const uint64_t bits = mix64(shape_->seed ^ mix64((static_cast<uint64_t>(number_) << 56) + (draw * kDraws) + static_cast<uint64_t>(i)));
+    visit(static_cast<uint32_t>((bits & 0xffffffffu) * used_ >> 32));
+    visit(static_cast<uint32_t>((bits >> 32) * used_ >> 32));
+  }
+}
+
+// kNone: all that were drawn are free.
+uint32_t Bucket::best_victim(uint64_t draw) const {
+  uint32_t best = kNone;
+  uint64_t best_key = UINT64_MAX;
+  draw_victims(draw, [&](uint32_t number) {
+    const Header* header = row(number);
+    if (header->is_free()) return;
+    const uint64_t last = header->last, count = header->count();
+    const uint64_t key = shape_->victim == Victim::lru ? last << 24 | count : count << 32 | last;
+    if (key < best_key) {
+      best_key = key;
+      best = number;
+    }
+  });
+  return best;
+}
+
+void Bucket::make_room() {
+  if (planned_.row == nullptr || planned_.row->last != planned_last_ || planned_.row->is_free()) {
+    uint32_t number;
+    while ((number = best_victim(draws_++)) == kNone) {}
+    planned_ = {number, row(number)};
+  }
+  remove(planned_);
+  evicted++;
+  // The next victim's index line, and the rows to choose the one after it from, come while others work.
+  const uint32_t next = rows_ == 0 ? kNone : best_victim(draws_++);
+  planned_ = {};
+  if (next != kNone) {
+    planned_ = {next, row(next)};
+    planned_last_ = planned_.row->last;
+    prefetch_line(hash_of(planned_.row->id));
+  }
+  draw_victims(draws_, [&](uint32_t number) { __builtin_prefetch(row(number)); });
+}
+
+Found Bucket::insert(uint64_t hash, int64_t id, uint32_t clock) {
+  const bool has_row = free_ != kNone || used_ < chunks_.size() << shape_->shift || grow_rows();
+  const bool has_slot = rows_ < line_count_ * kLineRows || grow_index();
+  if (!has_row || !has_slot) make_room();
+  Found found;
+  if (free_ != kNone) {
+    found = {free_, row(free_)};
+    free_ = static_cast<uint32_t>(found.row->id);
+  } else {
+    found = {used_, row(used_)};
+    used_++;
+  }
+  add_to_index(hash, found.number);
+  rows_++;
+  found.row->id = id;
+  found.row->last = clock;
+  found.row->marks = 0;
+  return found;
+}
+
+void Bucket::remove(Found found) {
+  if (shape_->followers != 0) {
+    const int64_t rows_part = shape_->deleted_max >= 0 ? shape_->deleted_max : std::max(kDeletedMin, rows_ / 8);
+    if (static_cast<int64_t>(deleted.size()) >= rows_part) {
+      deleted_start += deleted.size();
+      deleted.clear();
+    }
+    if (deleted.capacity() == 0 && shape_->deleted_max >= 0) deleted.reserve(static_cast<size_t>(shape_->deleted_max));
+    if (rows_part > 0) deleted.push_back(found.row->id);
+    else deleted_start++;
+  }
+  remove_from_index(hash_of(found.row->id), found.number);
+  found.row->last = kNone;
+  found.row->id = free_;
+  free_ = found.number;
+  rows_--;
+}
+
+void Bucket::decay(double factor, uint64_t period) {
+  if (factor < 1.0 && period > decayed_) {
+    for (uint32_t n = 0; n < used_; n++) {
+      Header* header = row(n);
+      if (!header->is_free()) header->set_count(decayed_count(header->count(), factor, period - decayed_));
+    }
+    candidates.decay(factor, period - decayed_);
+  }
+  decayed_ = std::max(decayed_, period);
+}
+
+}  // namespace headwater

@@ -1,0 +1,224 @@
+// The row optimizers and initial values. Compiled once per SIMD level.
+//
+// The formulas are those of passes.cpp, on rows of a few numbers instead of long planes. A row is taken sixteen elements at a
+// time, whatever the level: the compiler splits such a vector into what the level has. Only + − × ÷ and square root, never
+// contracted, in a fixed order.
+
+#include "rows.h"
+
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#define HEADWATER_JOIN_(a, b) a##b
+#define HEADWATER_JOIN(a, b) HEADWATER_JOIN_(a, b)
+
+namespace headwater {
+namespace {
+
+typedef float Floats __attribute__((vector_size(64)));  // sixteen
+constexpr int64_t kLanes = 16;
+
+inline float root(float x) { return __builtin_sqrtf(x); }
+
+template <class V>
+inline void load(V& to, const float* from) { __builtin_memcpy(&to, from, sizeof to); }
+template <class V>
+inline void store(float* to, const V& from) { __builtin_memcpy(to, &from, sizeof from); }
+
+inline void root_of(float& to, const float& x) { to = root(x); }
+inline void root_of(Floats& to, const Floats& x) {
+#if defined(__AVX512F__)
+  const __m512 y = _mm512_sqrt_ps(reinterpret_cast<const __m512&>(x));
+  to = reinterpret_cast<const Floats&>(y);
+#else
+  float lanes[kLanes];
+  store(lanes, x);
+  for (float& lane : lanes) lane = root(lane);
+  load(to, lanes);
+#endif
+}
+
+// from + weight·(to − from), as passes.cpp has it.
+template <class V>
+inline void lerp(V& result, const V& from, const V& to, float weight) {
+  if (weight < 0.5f) result = from + weight * (to - from);
+  else result = to - (to - from) * (1.0f - weight);
+}
+
+// Each rule: (value, state…) of the element at hand, or of sixteen, from the gradient's.
+
+struct Sgd {
+  static constexpr int kStates = 0;
+  const float lr, decay;
+  explicit Sgd(const float* s) : lr(s[0]), decay(s[1]) {}
+  template <class V>
+  inline void operator()(const V& g, V& w, V*) const {
+    const V d = g + decay * w;
+    w = w - lr * d;
+  }
+};
+
+struct Adagrad {
+  static constexpr int kStates = 1;
+  const float lr, decay, eps;
+  explicit Adagrad(const float* s) : lr(s[0]), decay(s[1]), eps(s[2]) {}
+  template <class V>
+  inline void operator()(const V& g, V& w, V* state) const {
+    const V d = g + decay * w;
+    state[0] = state[0] + d * d;
+    V spread;
+    root_of(spread, state[0]);
+    w = w - lr * d / (spread + eps);
+  }
+};
+
+struct Adam {
+  static constexpr int kStates = 2;
+  const float step_size, decay, fresh1, beta2, fresh2, correction, eps;
+  explicit Adam(const float* s)
+      : step_size(s[0]), decay(s[1]), fresh1(s[2]), beta2(s[3]), fresh2(s[4]), correction(s[5]), eps(s[6]) {}
+  template <class V>
+  inline void operator()(const V& g, V& w, V* state) const {
+    const V d = g + decay * w;
+    V mean, spread;
+    lerp(mean, state[0], d, fresh1);
+    state[0] = mean;
+    state[1] = beta2 * state[1] + fresh2 * d * d;
+    root_of(spread, state[1]);
+    w = w - step_size * mean / (spread / correction + eps);
+  }
+};
+
+// McMahan et al., 2013, algorithm 1: state z, n.
+struct Ftrl {
+  static constexpr int kStates = 2;
+  const float lr, beta, l1, l2;
+  explicit Ftrl(const float* s) : lr(s[0]), beta(s[1]), l1(s[2]), l2(s[3]) {}
+  template <class V>
+  inline void operator()(const V& g, V& w, V* state) const {
+    const V n = state[1] + g * g;
+    V before, after;
+    root_of(before, state[1]);
+    root_of(after, n);
+    const V z = state[0] + g - (after - before) / lr * w;
+    const V zero = z - z;
+    const V magnitude = z < zero ? -z : z;
+    const V shrunk = z < zero ? z + l1 : z - l1;
+    const V moved = -shrunk / ((beta + after) / lr + l2);
+    w = magnitude <= l1 + zero ? zero : moved;
+    state[0] = z;
+    state[1] = n;
+  }
+};
+
+template <class Rule, class V>
+inline void take(const Rule& rule, float* row, const float* gradient, int64_t dim, int64_t i) {
+  V g, w, state[Rule::kStates + 1];
+  load(g, gradient + i);
+  load(w, row + i);
+  for (int k = 0; k < Rule::kStates; k++) load(state[k], row + (k + 1) * dim + i);
+  rule(g, w, state);
+  store(row + i, w);
+  for (int k = 0; k < Rule::kStates; k++) store(row + (k + 1) * dim + i, state[k]);
+}
+
+template <class Rule>
+void step(const float* scalars, float* row, const float* gradient, int64_t dim) {
+  const Rule rule(scalars);
+  int64_t i = 0;
+  for (; i + kLanes <= dim; i += kLanes) take<Rule, Floats>(rule, row, gradient, dim, i);
+  for (; i < dim; i++) take<Rule, float>(rule, row, gradient, dim, i);
+}
+
+// One accumulator a row: the mean of the squares. Lane i of sixteen sums the elements i, i + 16, …; then lane i takes lane
+// i + 8, i + 4, i + 2, i + 1.
+void step_rowwise(const float* s, float* row, const float* gradient, int64_t dim) {
+  const float lr = s[0], decay = s[1], eps = s[2];
+  Floats sums = {};
+  int64_t i = 0;
+  for (; i + kLanes <= dim; i += kLanes) {
+    Floats g, w;
+    load(g, gradient + i);
+    load(w, row + i);
+    const Floats d = g + decay * w;
+    sums += d * d;
+  }
+  float lanes[kLanes];
+  store(lanes, sums);
+  for (int64_t j = i; j < dim; j++) {
+    const float d = gradient[j] + decay * row[j];
+    lanes[j - i] += d * d;
+  }
+  for (int width = 8; width > 0; width /= 2) {
+    for (int j = 0; j < width; j++) lanes[j] += lanes[j + width];
+  }
+  row[dim] += lanes[0] / static_cast<float>(dim);
+  const float scale = root(row[dim]) + eps;
+  for (i = 0; i + kLanes <= dim; i += kLanes) {
+    Floats g, w;
+    load(g, gradient + i);
+    load(w, row + i);
+    const Floats d = g + decay * w;
+    w = w - lr * d / scale;
+    store(row + i, w);
+  }
+  for (; i < dim; i++) {
+    const float d = gradient[i] + decay * row[i];
+    row[i] = row[i] - lr * d / scale;
+  }
+}
+
+// 32 bits for position i: both halves of the key go in, with a full mix in between.
+inline uint32_t draw(uint64_t key, uint32_t i) {
+  uint32_t x = static_cast<uint32_t>(key) + i * 0x9e3779b9u;
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  x ^= static_cast<uint32_t>(key >> 32) ^ (x >> 16);
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+inline int32_t halves(uint32_t x) { return static_cast<int32_t>((x & 0xffffu) + (x >> 16)); }
+
+void fill(const Start& start, uint64_t key, float* __restrict out, int64_t dim) {
+  const uint32_t n = static_cast<uint32_t>(dim);
+  const float scale = start.scale;
+  switch (start.kind) {
+    case Initial::constant:
+      for (uint32_t i = 0; i < n; i++) out[i] = scale;
+      return;
+    case Initial::uniform:
+      for (uint32_t i = 0; i < n; i++) {
+        out[i] = (static_cast<float>(static_cast<int32_t>(draw(key, i) >> 8)) * 0x1p-23f - 1.0f) * scale;
+      }
+      return;
+    case Initial::normal:
+      for (uint32_t i = 0; i < n; i++) {
+        const int32_t sum = halves(draw(key, 4 * i)) + halves(draw(key, 4 * i + 1)) + halves(draw(key, 4 * i + 2)) +
+                            halves(draw(key, 4 * i + 3));
+        out[i] = static_cast<float>(sum - 262140) * scale;
+      }
+      return;
+  }
+}
+
+void add(float* __restrict out, const float* __restrict row, int64_t dim) {
+  for (int64_t i = 0; i < dim; i++) out[i] += row[i];
+}
+
+void add_scaled(float* __restrict out, const float* __restrict row, float weight, int64_t dim) {
+  for (int64_t i = 0; i < dim; i++) out[i] += weight * row[i];
+}
+
+}  // namespace
+
+extern const RowLevel HEADWATER_JOIN(rows_, HEADWATER_LEVEL);
+const RowLevel HEADWATER_JOIN(rows_, HEADWATER_LEVEL) = {
+    {step<Sgd>, step<Adagrad>, step_rowwise, step<Adam>, step<Ftrl>}, fill, add, add_scaled,
+};
+
+}  // namespace headwater

@@ -1,0 +1,469 @@
+#include "table.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <mutex>
+#include <stdexcept>
+
+#include "passes.h"
+#include "pool.h"
+
+namespace headwater {
+namespace {
+
+constexpr int64_t kChunkBytes = 8 << 10;    // at most, unless a row is larger
+constexpr int64_t kBudgetSlack = 32;        // this part of a budget is left for what is allocated and not yet used
+constexpr int64_t kBudgetLog = 64;          // this part for the ids of deleted rows
+constexpr int64_t kBudgetCandidates = 8;    // this part for the counters of ids without a row, when there are any
+constexpr int64_t kCandidatesMin = 16 << 10;  // bytes of a bucket, without a budget
+constexpr int64_t kBucketRowsMin = 4;
+constexpr int64_t kLineAhead = 24, kRowAhead = 12;  // how far ahead of its use memory is asked for
+constexpr int64_t kRowBytesAhead = 512;     // of a row; the CPU sees by itself where this is going
+constexpr int64_t kAlone = 2048;            // ids: fewer are not worth waking a thread
+constexpr int64_t kPart = 4096;             // ids that a thread takes at a time
+constexpr int64_t kSweepRows = 1 << 14;
+constexpr int64_t kDecaySteps = 1000;
+
+inline void copy_floats(float* to, const float* from, int64_t count) {
+  if (count > 64) {
+    std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+    return;
+  }
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) std::memcpy(to + i, from + i, 16);
+  for (; i < count; i++) to[i] = from[i];
+}
+
+}  // namespace
+
+// ---- size ----------------------------------------------------------------------------------------------------
+
+Table::Table(const TableSettings& settings) : settings_(settings), buckets_(kBuckets) {
+  start_.kind = settings.initial;
+  start_.scale = static_cast<float>(settings.initial == Initial::normal ? settings.scale * std::sqrt(1.5) / 65536.0 : settings.scale);
+  start_.seed = mix64(settings.seed);
+  step_row_ = settings.level->step[static_cast<int>(settings.rule)];
+  shape_.dim = settings.dim;
+  shape_.slots = static_cast<int64_t>(settings.initial_slots.size());
+  shape_.row_bytes = static_cast<int64_t>(sizeof(Header)) + width() * static_cast<int64_t>(sizeof(float));
+  shape_.victim = settings.victim;
+  shape_.seed = mix64(settings.seed ^ 0x5eed);
+  while (shape_.row_bytes << (shape_.shift + 1) <= kChunkBytes) shape_.shift++;
+  plan_budget();
+  for (int b = settings.first_bucket; b < settings.bucket_limit; b++) buckets_[static_cast<size_t>(b)].init(&shape_, slabs_.get(), b);
+}
+
+// Sets the limits of one bucket, so that all buckets together, with the regions of their rows, stay within the budget whatever
+// happens. Returns how many rows a bucket can have.
+int64_t Table::set_shape(int64_t budget) {
+  shape_.chunk_bytes = shape_.row_bytes << shape_.shift;
+  const int64_t region = Slabs::region_of(shape_.chunk_bytes, budget / kBudgetSlack);
+  const int64_t in_region = region / shape_.chunk_bytes;
+  shape_.chunk_cost = (region + in_region - 1) / in_region;
+  const int64_t fixed = static_cast<int64_t>(sizeof(Table) + kBuckets * sizeof(Bucket)) + region;
+  const int64_t share = (budget - fixed) / (settings_.bucket_limit - settings_.first_bucket);
+  shape_.deleted_max = std::max<int64_t>(0, share / kBudgetLog / static_cast<int64_t>(sizeof(int64_t)));
+  shape_.candidates_bytes = settings_.admit_after > 1 ? std::max<int64_t>(256, share / kBudgetCandidates) : 0;
+  shape_.quota = share - shape_.deleted_max * static_cast<int64_t>(sizeof(int64_t)) - shape_.candidates_bytes;
+  const int64_t line_bytes = static_cast<int64_t>(sizeof(Line)), rows_in_chunk = 1ll << shape_.shift;
+  const int64_t per_chunk = shape_.chunk_cost + static_cast<int64_t>(sizeof(char*)) + (rows_in_chunk * line_bytes + kLineRows - 1) / kLineRows;
+  shape_.chunks_max = std::min<int64_t>(std::max<int64_t>(0, (shape_.quota - 2 * line_bytes) / per_chunk), kRowsMax / rows_in_chunk);
+  const int64_t rows = shape_.chunks_max * rows_in_chunk;
+  shape_.lines_max = (rows + kLineRows - 1) / kLineRows;
+  return rows;
+}
+
+void Table::plan_budget() {
+  if (settings_.budget_bytes == 0) {
+    shape_.chunk_bytes = shape_.chunk_cost = shape_.row_bytes << shape_.shift;
+    shape_.quota = shape_.chunks_max = INT64_MAX / 2;
+    shape_.lines_max = INT64_MAX / 2;
+    shape_.candidates_bytes = shape_.deleted_max = -1;
+    slabs_ = std::make_unique<Slabs>(shape_.chunk_bytes, 0);
+    return;
+  }
+  const auto rows_for = [this](int64_t budget) {
+    int64_t rows;
+    while ((rows = set_shape(budget)) < 8ll << shape_.shift && shape_.shift > 0) shape_.shift--;
+    return rows;
+  };
+  if (rows_for(settings_.budget_bytes) < kBucketRowsMin) {
+    int64_t smallest = settings_.budget_bytes;
+    while (rows_for(smallest) < kBucketRowsMin) smallest += smallest / 16 + 4096;
+    throw std::invalid_argument("Expected a budget of at least about " + std::to_string(smallest) + " bytes, got " +
+                                std::to_string(settings_.budget_bytes) + ": that is " + std::to_string(kBucketRowsMin) + " rows of " +
+                                std::to_string(shape_.row_bytes) + " bytes in each of " +
+                                std::to_string(settings_.bucket_limit - settings_.first_bucket) + " buckets.");
+  }
+  slabs_ = std::make_unique<Slabs>(shape_.chunk_bytes, Slabs::region_of(shape_.chunk_bytes, settings_.budget_bytes / kBudgetSlack));
+}
+
+int64_t Table::rows_max() const {
+  return settings_.budget_bytes == 0 ? 0 : (shape_.chunks_max << shape_.shift) * (settings_.bucket_limit - settings_.first_bucket);
+}
+
+int64_t Table::bytes_unlocked() {
+  int64_t sum = static_cast<int64_t>(sizeof(Table) + kBuckets * sizeof(Bucket)) + slabs_->bytes();
+  for (int b = settings_.first_bucket; b < settings_.bucket_limit; b++) sum += buckets_[static_cast<size_t>(b)].bytes();
+  return sum;
+}
+
+int64_t Table::bytes() {
+  std::shared_lock<std::shared_mutex> hold(lock_);
+  return bytes_unlocked();
+}
+
+TableStats Table::stats() {
+  std::shared_lock<std::shared_mutex> hold(lock_);
+  TableStats sum = {};
+  for (const Bucket& bucket : buckets_) {
+    sum.rows += bucket.rows();
+    sum.admitted += bucket.admitted;
+    sum.refused += bucket.refused;
+    sum.evicted += bucket.evicted;
+    sum.expired += bucket.expired;
+    sum.deleted += bucket.dropped;
+  }
+  sum.bytes = bytes_unlocked();
+  sum.budget_bytes = settings_.budget_bytes;
+  sum.rows_max = rows_max();
+  sum.step = step_;
+  sum.hits = hits_;
+  sum.misses = misses_;
+  return sum;
+}
+
+// ---- pull ----------------------------------------------------------------------------------------------------
+
+// Index lines are asked for kLineAhead ids ahead, the rows that they point to kRowAhead ids ahead: by then the lines are there.
+template <bool prefetch>
+int64_t Table::pull_part(const int64_t* ids, int64_t count, float* out, bool touch, uint32_t clock) const {
+  constexpr int64_t kRing = 32;
+  uint64_t hashes[kRing];
+  const int64_t bytes = std::min<int64_t>(kRowBytesAhead, static_cast<int64_t>(sizeof(Header)) + settings_.dim * 4);
+  const auto bucket_at = [this](uint64_t hash) -> const Bucket& { return buckets_[static_cast<size_t>(bucket_of(hash))]; };
+  int64_t hits = 0;
+  for (int64_t i = prefetch ? -kLineAhead : 0; i < count; i++) {
+    if (prefetch) {
+      if (i + kLineAhead < count) {
+        const uint64_t hash = hashes[(i + kLineAhead) % kRing] = hash_of(ids[i + kLineAhead]);
+        bucket_at(hash).prefetch_line(hash);
+      }
+      if (i + kRowAhead >= 0 && i + kRowAhead < count) {
+        const uint64_t hash = hashes[(i + kRowAhead) % kRing];
+        bucket_at(hash).prefetch_row(hash, bytes);
+      }
+      if (i < 0) continue;
+    }
+    const uint64_t hash = prefetch ? hashes[i % kRing] : hash_of(ids[i]);
+    const Found found = bucket_at(hash).find(hash, ids[i]);
+    float* to = out + i * settings_.dim;
+    // Readers touch rows side by side; all of them write the same or a later time.
+    const uint32_t last = found.row == nullptr ? 0 : __atomic_load_n(&found.row->last, __ATOMIC_RELAXED);
+    if (found.row == nullptr || has_expired(last, clock)) {
+      settings_.level->fill(start_, key_of(hash), to, settings_.dim);
+      continue;
+    }
+    copy_floats(to, found.row->values(), settings_.dim);
+    if (touch && last < clock) __atomic_store_n(&found.row->last, clock, __ATOMIC_RELAXED);
+    hits++;
+  }
+  return hits;
+}
+
+int64_t Table::pull(const int64_t* ids, int64_t count, float* out, bool touch, int64_t now, bool prefetch) {
+  std::shared_lock<std::shared_mutex> hold(lock_);
+  const uint32_t clock = advance(step_, now);
+  std::atomic<int64_t> hits{0};
+  run_tasks((count + kPart - 1) / kPart, count < kAlone ? 1 : settings_.threads, [&](int64_t part) {
+    const int64_t first = part * kPart, n = std::min(kPart, count - first);
+    float* to = out + first * settings_.dim;
+    hits += prefetch ? pull_part<true>(ids + first, n, to, touch, clock) : pull_part<false>(ids + first, n, to, touch, clock);
+    return true;
+  });
+  hits_ += hits;
+  misses_ += count - hits;
+  return hits;
+}
+
+// ---- changes -------------------------------------------------------------------------------------------------
+
+// Ids by bucket, those of a bucket in the order of the batch.
+class Table::Sorted {
+ public:
+  Sorted(const int64_t* ids, int64_t count) : hashes_(static_cast<size_t>(count)), order_(static_cast<size_t>(count)) {
+    for (int64_t i = 0; i < count; i++) ends_[bucket_of(hash_of(ids[i]))]++;
+    int64_t next[kBuckets], sum = 0;
+    for (int b = 0; b < kBuckets; b++) {
+      next[b] = sum;
+      ends_[b] = sum += ends_[b];
+    }
+    for (int64_t i = 0; i < count; i++) {
+      const uint64_t hash = hash_of(ids[i]);
+      const size_t to = static_cast<size_t>(next[bucket_of(hash)]++);
+      hashes_[to] = hash;
+      order_[to] = i;
+    }
+  }
+  int64_t begin(int64_t bucket) const { return bucket == 0 ? 0 : ends_[bucket - 1]; }
+  int64_t end(int64_t bucket) const { return ends_[bucket]; }
+  uint64_t hash(int64_t i) const { return hashes_[static_cast<size_t>(i)]; }
+  int64_t source(int64_t i) const { return order_[static_cast<size_t>(i)]; }
+
+ private:
+  int64_t ends_[kBuckets] = {};
+  std::vector<uint64_t> hashes_;
+  std::vector<int64_t> order_;
+};
+
+// Calls visit(bucket, hash, i) for every id, those of a bucket one after the other on one thread, in the order of the batch.
+template <class Visit>
+void Table::visit(const int64_t* ids, int64_t count, Visit visit) {
+  const Sorted sorted(ids, count);
+  const int64_t row_bytes = std::min(kRowBytesAhead, shape_.row_bytes);
+  const int64_t period = step_ / kDecaySteps;
+  std::exception_ptr failure;
+  std::mutex failing;
+  run_tasks(kBuckets, count < kAlone ? 1 : settings_.threads, [&](int64_t b) {
+    const int64_t begin = sorted.begin(b), end = sorted.end(b);
+    if (begin == end) return true;
+    Bucket& bucket = buckets_[static_cast<size_t>(b)];
+    try {
+      bucket.decay(settings_.decay, static_cast<uint64_t>(period));
+      for (int64_t i = begin - kLineAhead; i < end; i++) {
+        if (i + kLineAhead < end) bucket.prefetch_line(sorted.hash(i + kLineAhead));
+        if (i + kRowAhead >= begin && i + kRowAhead < end) bucket.prefetch_row(sorted.hash(i + kRowAhead), row_bytes);
+        if (i >= begin) visit(bucket, sorted.hash(i), sorted.source(i));
+      }
+    } catch (...) {
+      std::lock_guard<std::mutex> hold(failing);
+      failure = std::current_exception();
+      return false;
+    }
+    return true;
+  });
+  if (failure) std::rethrow_exception(failure);
+}
+
+uint32_t Table::advance(int64_t step, int64_t now) {
+  if (step > step_) step_ = step;
+  const uint32_t clock = static_cast<uint32_t>(settings_.expires_by_time ? now : step);
+  uint32_t latest = clock_;
+  while (latest < clock && !clock_.compare_exchange_weak(latest, clock)) {}
+  return std::max(latest, clock);
+}
+
+// Deletes what has expired by now.
+int64_t Table::expire(Bucket& bucket) {
+  if (settings_.expire_after == 0) return 0;
+  const int64_t before = bucket.rows();
+  for (uint32_t n = 0; n < bucket.used(); n++) {
+    Header* row = bucket.row(n);
+    if (!row->is_free() && has_expired(row->last, clock_)) bucket.remove({n, row});
+  }
+  bucket.expired += before - bucket.rows();
+  return before - bucket.rows();
+}
+
+// The row of an id that is about to be written; a new one has its initial value and state. None: it is not admitted yet.
+Found Table::obtain(Bucket& bucket, uint64_t hash, int64_t id, uint32_t clock, bool admit) {
+  Found found = bucket.find(hash, id);
+  if (found.row != nullptr && has_expired(found.row->last, clock)) {
+    bucket.remove(found);
+    bucket.expired++;
+    found = {};
+  }
+  if (found.row != nullptr) return found;
+  uint32_t count = 0;
+  if (settings_.admit_after > 1) {
+    const uint32_t last = bucket.candidates.last_seen(id, hash);
+    if (admit || (last != kNone && has_expired(last, clock))) bucket.candidates.forget(id, hash);
+    if (!admit) {
+      const int64_t rows_part = std::max(kCandidatesMin, bucket.rows() * shape_.row_bytes / kBudgetCandidates);
+      count = bucket.candidates.see(id, hash, clock, shape_.candidates_bytes >= 0 ? shape_.candidates_bytes : rows_part);
+      if (count < settings_.admit_after * kSighting) {
+        bucket.refused++;
+        return {};
+      }
+      bucket.candidates.forget(id, hash);
+      count -= kSighting;  // this sighting is counted like that of any row
+    }
+  }
+  found = bucket.insert(hash, id, clock);
+  found.row->set_count(count);
+  bucket.admitted++;
+  settings_.level->fill(start_, key_of(hash), found.row->values(), settings_.dim);
+  copy_floats(found.row->values() + settings_.dim, settings_.initial_slots.data(), shape_.slots);
+  return found;
+}
+
+void Table::push(const int64_t* ids, int64_t count, const float* gradients, const float* scalars, int64_t step, int64_t now) {
+  std::unique_lock<std::shared_mutex> hold(lock_);
+  const uint32_t clock = advance(step, now);
+  visit(ids, count, [&](Bucket& bucket, uint64_t hash, int64_t i) {
+    const Found found = obtain(bucket, hash, ids[i], clock, false);
+    if (found.row == nullptr) return;
+    Header& row = *found.row;
+    row.last = std::max(row.last, clock);
+    row.marks = std::min(row.count() + kSighting, kCountMax) << 8 | (row.marks & 0xffu) | shape_.followers;
+    step_row_(scalars, row.values(), gradients + i * settings_.dim, settings_.dim);
+  });
+}
+
+void Table::put(const int64_t* ids, int64_t count, const float* rows, const float* counts, const int64_t* last_seen, int64_t step,
+                int64_t now) {
+  std::unique_lock<std::shared_mutex> hold(lock_);
+  const uint32_t clock = advance(step, now);
+  visit(ids, count, [&](Bucket& bucket, uint64_t hash, int64_t i) {
+    Header& row = *obtain(bucket, hash, ids[i], clock, true).row;
+    row.last = static_cast<uint32_t>(last_seen[i]);
+    row.marks = static_cast<uint32_t>(counts[i] * kSighting) << 8 | (row.marks & 0xffu) | shape_.followers;
+    copy_floats(row.values(), rows + i * width(), width());
+  });
+}
+
+int64_t Table::erase(const int64_t* ids, int64_t count) {
+  std::unique_lock<std::shared_mutex> hold(lock_);
+  std::atomic<int64_t> erased{0};
+  visit(ids, count, [&](Bucket& bucket, uint64_t hash, int64_t i) {
+    const Found found = bucket.find(hash, ids[i]);
+    bucket.candidates.forget(ids[i], hash);
+    if (found.row == nullptr) return;
+    bucket.remove(found);
+    bucket.dropped++;
+    erased++;
+  });
+  return erased;
+}
+
+int64_t Table::sweep(int64_t step, int64_t now) {
+  std::unique_lock<std::shared_mutex> hold(lock_);
+  advance(step, now);
+  int64_t looked_at = 0, expired = 0;
+  for (int i = 0; i < kBuckets && looked_at < kSweepRows; i++) {
+    Bucket& bucket = buckets_[static_cast<size_t>(sweep_next_)];
+    looked_at += bucket.used();
+    expired += expire(bucket);
+    sweep_next_ = (sweep_next_ + 1) % kBuckets;
+  }
+  return expired;
+}
+
+// ---- copies --------------------------------------------------------------------------------------------------
+
+void Table::copy_row(const Header* row, Rows* to) const {
+  to->ids.push_back(row->id);
+  const float* values = const_cast<Header*>(row)->values();
+  to->values.insert(to->values.end(), values, values + width());
+  to->counts.push_back(static_cast<float>(row->count()) / kSighting);
+  to->last_seen.push_back(row->last);
+}
+
+// A cursor is bucket << 32 | row number.
+Rows Table::export_rows(int64_t cursor, int64_t limit) {
+  std::unique_lock<std::shared_mutex> hold(lock_);  // counts are brought up to date
+  Rows found;
+  int64_t from = cursor & 0xffffffff;
+  for (int64_t b = cursor >> 32; b < kBuckets; b++, from = 0) {
+    Bucket& bucket = buckets_[static_cast<size_t>(b)];
+    bucket.decay(settings_.decay, static_cast<uint64_t>(step_ / kDecaySteps));
+    for (int64_t n = from; n < bucket.used(); n++) {
+      if (static_cast<int64_t>(found.ids.size()) == limit) {
+        found.next = b << 32 | n;
+        return found;
+      }
+      const Header* row = bucket.row(static_cast<uint32_t>(n));
+      if (!row->is_free() && !has_expired(row->last, clock_)) copy_row(row, &found);
+    }
+  }
+  return found;
+}
+
+// ---- the delta stream ----------------------------------------------------------------------------------------
+// Each row has a mark for each consumer that has not got it as it is now, each bucket a log of what was deleted, with a place
+// in it for each consumer. Whoever is new, or was overtaken by the log, starts over: all rows are marked.
+
+int Table::consumer_of(const std::string& name) const {
+  for (int c = 0; c < kConsumersMax; c++) {
+    if (consumers_[c] == name) return c;
+  }
+  return -1;
+}
+
+bool Table::track(const std::string& consumer) {
+  std::unique_lock<std::shared_mutex> hold(lock_);
+  int c = consumer_of(consumer);
+  if (c < 0) c = consumer_of("");
+  if (c < 0) return false;
+  consumers_[c] = consumer;
+  progress_[c] = {true, -1};
+  shape_.followers |= 1u << c;
+  return true;
+}
+
+bool Table::untrack(const std::string& consumer) {
+  std::unique_lock<std::shared_mutex> hold(lock_);
+  const int c = consumer_of(consumer);
+  if (c < 0) return false;
+  consumers_[c].clear();
+  shape_.followers &= ~(1u << c);
+  if (shape_.followers != 0) return true;
+  for (Bucket& bucket : buckets_) {
+    bucket.deleted_start += bucket.deleted.size();
+    std::vector<int64_t>().swap(bucket.deleted);
+  }
+  return true;
+}
+
+bool Table::changes(const std::string& consumer, int64_t limit, Changes* changes) {
+  std::unique_lock<std::shared_mutex> hold(lock_);
+  const int c = consumer_of(consumer);
+  if (c < 0) return false;
+  const uint32_t mark = 1u << c;
+  Progress& progress = progress_[c];
+  for (Bucket& bucket : buckets_) {
+    expire(bucket);
+    progress.restart |= bucket.read_to[c] < bucket.deleted_start;
+  }
+  changes->restart = progress.restart;
+
+  for (Bucket& bucket : buckets_) {
+    const uint64_t end = bucket.deleted_start + bucket.deleted.size();
+    if (progress.restart) {
+      for (uint32_t n = 0; n < bucket.used(); n++) bucket.row(n)->marks |= mark;
+    } else {
+      changes->deleted.insert(changes->deleted.end(), bucket.deleted.end() - static_cast<int64_t>(end - bucket.read_to[c]), bucket.deleted.end());
+    }
+    bucket.read_to[c] = end;
+    uint64_t all = end;
+    for (int other = 0; other < kConsumersMax; other++) {
+      if (shape_.followers >> other & 1 && !progress_[other].restart) all = std::min(all, bucket.read_to[other]);
+    }
+    if (all == end) {
+      bucket.deleted.clear();
+      bucket.deleted_start = end;
+    }
+  }
+  progress.restart = false;
+
+  const int first = std::max(progress.bucket, 0);
+  progress.bucket = -1;
+  for (int i = 0; i < kBuckets; i++) {
+    Bucket& bucket = buckets_[static_cast<size_t>((first + i) % kBuckets)];
+    if (static_cast<int64_t>(changes->written.ids.size()) >= limit) {
+      progress.bucket = (first + i) % kBuckets;
+      changes->more = true;
+      break;
+    }
+    for (uint32_t n = 0; n < bucket.used(); n++) {
+      Header* row = bucket.row(n);
+      if (row->is_free() || !(row->marks & mark)) continue;
+      row->marks &= ~mark;
+      copy_row(row, &changes->written);
+    }
+  }
+  return true;
+}
+
+}  // namespace headwater
