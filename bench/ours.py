@@ -12,7 +12,7 @@ import numpy as np
 import headwater as hw
 from bench.harness import Step
 from bench.peers.plain import PlainTable
-from bench.traffic import BATCH, DIM, batches, gradients
+from bench.traffic import BATCH, DIM, batches, fill_batches, gradients
 from headwater import _kernels
 from headwater._transport import Address
 
@@ -95,8 +95,7 @@ def open_table(session: hw.Session, policy: dict[str, Any]) -> hw.Table:
 
 def fill(table: hw.Table, rows: int) -> None:
     """Let ids 0 … rows − 1 have rows."""
-    for start in range(0, rows, BATCH):
-        ids = np.arange(start, min(start + BATCH, rows))
+    for ids in fill_batches(rows):
         table.push(ids, np.zeros((len(ids), DIM), np.float32))
     table.stats()  # answered when all of it has counted
 

@@ -32,7 +32,9 @@ CORES = len(os.sched_getaffinity(0))
 def run_example(name: str, *options: object) -> str:
     """Run an example with a server and two workers; returns what they print. Raises BenchError when it fails."""
     command = [sys.executable, "-m", "headwater", "run", "-n", "2", str(EXAMPLES / name), *map(str, options)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=120
+    )
     if done.returncode:
         raise BenchError(f"{name} failed:\n{done.stdout[-2000:]}")
     return done.stdout
@@ -58,7 +60,9 @@ def quality(_: Fleet) -> Answer:
     for seed in SEEDS:
         for kind, consistency in kinds.items():
             said = run_example("collaborative_filtering.py", "--consistency", consistency, "--seed", seed)
-            ((reached, _, lower),) = numbers(r"held-out RMSE ([\d.]+); with biases only ([\d.]+): (-?[\d.]+) lower", said)
+            ((reached, _, lower),) = numbers(
+                r"held-out RMSE ([\d.]+); with biases only ([\d.]+): (-?[\d.]+) lower", said
+            )
             rmse[kind].append(reached)
             seconds[kind].append(seconds_to(target, said))
             if kind == "ASP":
@@ -175,25 +179,64 @@ def redis_and_torch(fleet: Fleet) -> Answer:
 
 # Size.
 
-FREE = 6 << 30  # bytes that are left alone
-ROW_BYTES = 4 * 16 + 4 + 16  # value, state, and what the promise allows beside them
+SIZES = 1_000_000, 10_000_000, 100_000_000  # rows; the last as far as memory goes
+FREE = 6 << 30  # bytes that are left to others
+PROMISED = 4 * 16 + 4 + 16  # bytes a row: its value, its state, and 16
 
 
 def growth(fleet: Fleet) -> Answer:
     """tables.4"""
-    sizes = [size for size in (1_000_000, 10_000_000, 100_000_000)]
     room = available_bytes() - FREE
-    sizes[-1] = min(sizes[-1], room // (2 * ROW_BYTES) - sum(sizes[:-1]))  # hash and plain array, all at the same time
-    if sizes[-1] < 2 * sizes[-2]:
-        raise BenchError(f"expected memory for {2 * sizes[-2]:,} rows twice and 6 GiB to spare, got {room / 2**30:.1f} GiB")
-    inserting = Contestant("inserting", [fleet.start("bench.peers.kernel.inserting_table", sizes[1] // 4, CORES)])
-    contestants = {
-        f"{name}, {size:.2g} rows": Contestant(name, [fleet.start("bench.peers.kernel.growing_table", size, CORES, plain)])
+    largest = min(SIZES[-1], room // (2 * PROMISED) - sum(SIZES[:-1]))  # table and plain array of every size at once
+    if largest < 2 * SIZES[-2]:
+        raise BenchError(
+            f"expected memory for 2 × {2 * SIZES[-2]:,} rows, got {room / 2**30:.1f} GiB after 6 for others"
+        )
+    sizes = [*SIZES[:-1], largest]
+
+    def measure(contestant: Contestant) -> Callable[[], dict[str, float]]:
+        return lambda: {f"{contestant.name}: {what}": value for what, value in contestant.timings().items()}
+
+    contestants = [
+        Contestant(f"{name}, {size:.3g} rows", [fleet.start("bench.peers.kernel.growing_table", size, CORES, plain)])
         for size in sizes
         for name, plain in (("hash", False), ("plain array", True))
-    }
-    samples = interleave(
-        {name: named(name, contestant) for name, contestant in contestants.items()},
-        {"inserting": inserting.timings},
-    )
-    ...
+    ]
+    inserting = Contestant("inserting", [fleet.start("bench.peers.kernel.inserting_table", SIZES[-2] // 4, CORES)])
+    samples = interleave({each.name: measure(each) for each in (*contestants, inserting)})
+    samples.show("ns per id, bytes per row, inserts/s")
+
+    def grown(name: str) -> float:
+        small, large = (f"{name}, {sizes[i]:.3g} rows: ns per id" for i in (0, -1))
+        return samples.ratio(large, small)
+
+    memory = max(samples.median(f"hash, {size:.3g} rows: bytes per row") for size in sizes)
+    full = samples.ratio("inserting: while full", "inserting: while empty")
+    checks = [
+        Check(f"times the ns per id from {sizes[0]:.3g} to {sizes[-1]:.3g} rows", grown("hash"), 2.5, at_most=True),
+        Check("inserting while full, of while empty", full, 0.75),
+        Check("memory per row, of value + state + 16 bytes", memory / PROMISED, 1.15, at_most=True),
+    ]
+    return checks, {"a plain array's growth": grown("plain array")} | {name: samples.median(name) for name in samples}
+
+
+def available_bytes() -> int:
+    """Return how much memory programs may still take."""
+    found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def spill(fleet: Fleet) -> Answer:
+    """tables.5"""
+    raise NotImplementedError
+
+
+#: Figure → what its value says, the value's unit, how to measure it.
+FIGURES: dict[str, tuple[str, str, Callable[[Fleet], Answer]]] = {
+    "tables.1": ("MovieLens-100k, two ASP workers, matrix factorisation", "held-out RMSE", quality),
+    "tables.2": ("Pull + push of 26 × 4,096 ids of 10 M, two workers, uniform", "of the bare kernel's ids/s", speed),
+    "tables.3": ("The same against Redis, PyTorch RPC and nn.Embedding", "times Redis, uniform", redis_and_torch),
+    "tables.4": ("ns per id of a table that grows, against itself", "times", growth),
+    "tables.5": ("36 of 37 rows on disk, Zipf 1.05", "of the disk's random IOPS", spill),
+}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 BATCH = 26 * 4096
@@ -9,6 +11,7 @@ DIM = 16
 KINDS = ("uniform", "zipf")
 ZIPF = 1.05
 BATCHES = 64  # so many that their rows do not stay in the caches
+FILL = 1 << 20  # ids in a batch that only makes rows
 
 
 def batches(kind: str, rows: int, seed: int) -> list[np.ndarray]:
@@ -24,6 +27,12 @@ def _strewn(ranks: np.ndarray, rows: int) -> np.ndarray:
     """Map ranks to ids one to one: else the rows of ids that are often looked up together would be neighbours."""
     factor = next(f for f in range(int(rows * 0.618), rows + 2) if np.gcd(f, rows) == 1)
     return ranks * factor % rows
+
+
+def fill_batches(rows: int) -> Iterator[np.ndarray]:
+    """Yield ids 0 … rows − 1, many at once."""
+    for start in range(0, rows, FILL):
+        yield np.arange(start, min(start + FILL, rows))
 
 
 def gradients(count: int, seed: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from bench.harness import Step
 from bench.ours import ROW_OPTIMIZER, optimizer_of
 from bench.peers.plain import PlainTable
-from bench.traffic import BATCH, DIM, KINDS, batches, gradients
+from bench.traffic import BATCH, DIM, KINDS, batches, fill_batches, gradients
 from headwater import _kernels
 from headwater._memory import SharedBuffer, zeroed
 
@@ -75,8 +75,8 @@ class Rows:
             self.table = PlainTable(rows, DIM, threads)
             return
         self.table = table_kernel(threads)
-        for start in range(0, rows, BATCH):
-            self.push(np.arange(start, min(start + BATCH, rows)), np.zeros((min(BATCH, rows - start), DIM), np.float32))
+        for ids in fill_batches(rows):
+            self.push(ids, np.zeros((len(ids), DIM), np.float32))
 
     def pull(self, ids: np.ndarray, out: np.ndarray, **options: Any) -> None:
         self.table.pull(ids, out, touch=True, now=0.0, **options)

@@ -45,6 +45,13 @@ class PlainTable:
         self.threads = threads
         self._library = library()
 
+    @property
+    def bytes(self) -> int:
+        return self.values.nbytes + self.sums.nbytes
+
+    def sweep(self, **_: Any) -> int:
+        return 0
+
     def pull(self, ids: np.ndarray, out: np.ndarray, **_: Any) -> int:
         rows, dim = self.values.shape
         assert ids.size == 0 or 0 <= ids.min() <= ids.max() < rows
@@ -58,7 +65,11 @@ class PlainTable:
     def push(self, ids: np.ndarray, gradients: np.ndarray, scalars: np.ndarray, **_: Any) -> None:
         """Take a step; scalars: as of `optim.RowwiseAdagrad`."""
         lr, eps = (ctypes.c_float(float(scalars[i])) for i in (0, -1))
-        state = (_pointer(self.values, np.float32), _pointer(self.sums, np.float32), ctypes.c_int64(self.values.shape[1]))
+        state = (
+            _pointer(self.values, np.float32),
+            _pointer(self.sums, np.float32),
+            ctypes.c_int64(self.values.shape[1]),
+        )
         batch = (_pointer(ids, np.int64), _pointer(gradients, np.float32), ctypes.c_int64(len(ids)))
         self._library.plain_push(*state, *batch, lr, eps, self.threads)
 

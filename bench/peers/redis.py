@@ -33,7 +33,9 @@ def server_command(folder: str) -> list[str]:
     cores they only take turns with the workers. Raises BenchError where there is none."""
     program = shutil.which("redis-server")
     if program is None:
-        raise BenchError("Expected redis-server to compare with, got none on this machine: apt-get install redis-server.")
+        raise BenchError(
+            "Expected redis-server to compare with, got none on this machine: apt-get install redis-server."
+        )
     settings = {"port": 0, "unixsocket": socket_of(folder), "save": "", "appendonly": "no"}
     return [program, *(word for name, value in settings.items() for word in (f"--{name}", str(value)))]
 
