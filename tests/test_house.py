@@ -22,10 +22,10 @@ SOURCE = Path(__file__).parent.parent / "src" / "headwater"
 #: A module imports only from those above its own.
 ORDER = [
     "_kernels", "_errors", "_limits",
-    "optim", "_layout", "_consistency", "_messages", "_wire",
-    "_plan", "_memory", "_transport", "_dense",
+    "optim", "_layout", "_consistency", "_rows", "_messages", "_wire",
+    "_plan", "_memory", "_transport", "_table", "_dense",
     "_coordinator", "_server",
-    "_checkpoint", "_data", "_session",
+    "_checkpoint", "_data", "_rows_file", "_lookup", "_session",
     "__init__",
     "torch",
     "_launch", "_display", "_demo", "_cli", "__main__",

@@ -25,6 +25,7 @@ from headwater import _limits
 from headwater._consistency import Commit, Consistency, Policy, PushEntry, bsp
 from headwater._dense import Shard
 from headwater._errors import (
+    DisagreementError,
     HeadwaterError,
     InternalError,
     LayoutError,
@@ -40,14 +41,18 @@ from headwater._messages import (
     Assign,
     CommitSpec,
     Committed,
+    Declare,
+    Declared,
     Detach,
     Failed,
     Flip,
+    Gather,
     Held,
     Hello,
     Initialised,
     Normed,
     Norms,
+    OpenTable,
     Prepare,
     Prepared,
     Register,
@@ -60,8 +65,10 @@ from headwater._messages import (
     WorkerStats,
 )
 from headwater._plan import Plan
+from headwater._rows import RowPolicy, TableSpec, Uniform
+from headwater._rows import difference as table_difference
 from headwater._transport import Connection, request
-from headwater.optim import AnyOptimizer
+from headwater.optim import SGD, AnyOptimizer
 
 #: Tells a waiting peer for whom it waits; raises when the peer is gone.
 Tell = Callable[[Waiting], None]
@@ -99,6 +106,7 @@ class Coordinator:
         self._layout: Layout | None = None
         self._optimizer: AnyOptimizer | None = None
         self._plan: Plan | None = None
+        self._tables: list[TableSpec] = []
         self._initialiser: int | None = None
         self._is_initialised = False
         self._queue: deque[Commit] = deque()
@@ -210,7 +218,7 @@ class Coordinator:
 
     def _detach(self, identity: int) -> None:
         """Let every server forget a worker whose pushes are all answered."""
-        if self._layout is None or self._failure is not None:
+        if (self._layout is None and not self._tables) or self._failure is not None:
             return
         try:
             while self._is_busy:
@@ -291,6 +299,50 @@ class Coordinator:
         worker.read = self._shard.commit
         self._changed.notify_all()
         return Registered(False, worker.clock, self._shard.side)
+
+    def declare(self, identity: int, wanted: Declare) -> Declared:
+        """Agree on a table. The first to declare it decides; a wish that is None is for what the table has."""
+        with self._changed:
+            self._require(identity)
+            if all(spec.name != wanted.name for spec in self._tables):
+                self._when_idle()  # nobody else speaks to the servers; and another may have declared it meanwhile
+            for number, spec in enumerate(self._tables):
+                if spec.name == wanted.name:
+                    differs = table_difference(spec, wanted)
+                    if differs:
+                        raise SettingError(
+                            f"Expected {differs} — table {spec.name!r} is declared already: give it the same settings, or leave "
+                            "them out."
+                        )
+                    return Declared(number, spec)
+            number, spec = len(self._tables), self._new_table(wanted)
+            for i, remote in enumerate(self._remotes):
+                request(remote, OpenTable(number, spec, i + 1, self._server_count))
+            self._shard.handle(OpenTable(number, spec, 0, self._server_count))
+            self._tables.append(spec)
+            return Declared(number, spec)
+
+    def _new_table(self, wanted: Declare) -> TableSpec:
+        if len(self._tables) >= _limits.TABLES:
+            raise SettingError(f"Expected at most {_limits.TABLES} tables, got one more.")
+        if wanted.dim is None:
+            raise SettingError(
+                f"Expected dim for a table that nobody has declared yet, got none — table {wanted.name!r}."
+            )
+        job = self._require_policy().consistency
+        if wanted.consistency not in (None, job) and wanted.consistency.kind != "asp":
+            raise SettingError(
+                f"Expected the job's consistency, {job}, or asp, got {wanted.consistency} — table {wanted.name!r}."
+            )
+        return TableSpec(
+            wanted.name,
+            wanted.dim,
+            wanted.optimizer or SGD(lr=0.01),
+            wanted.initial or Uniform(),
+            wanted.seed or 0,
+            wanted.policy or RowPolicy(),
+            wanted.consistency or job,
+        )
 
     # Pushes and commits.
 
@@ -398,9 +450,28 @@ class Coordinator:
                         entry = pushes[kept[commit]][push]
                         refusals[entry.worker] = self._bad_push(entry, tensor, element)
                     continue
+            if self._gather(batch, refusals):
+                continue
             self._ask(Flip(batch[-1].number, bool(specs)))
             self._plan = plan
             return refusals
+
+    def _gather(self, batch: Sequence[Commit], refusals: dict[int, HeadwaterError]) -> bool:
+        """Let the rows that the batch's pushes have staged count with the flip to come. Returns whether that refuses one more."""
+        if not any(spec.is_staged for spec in self._tables):
+            return False
+        entries = {entry.worker: entry for commit in batch for entry in commit.pushes if entry.worker not in refusals}
+        total = sum(entry.weight for entry in entries.values())
+        pushes = [
+            (worker, sequence, entries[worker].weight / total if worker in entries else 0.0)
+            for commit in batch
+            for worker, sequence in commit.closes
+        ]
+        bad = {a.bad for a in self._ask(Gather(tuple(pushes))) if isinstance(a, Prepared) and a.bad is not None}
+        for _, push, tensor, element in bad:
+            worker = pushes[push][0]
+            refusals[worker] = self._bad_push(entries[worker], tensor, element)
+        return bool(bad)
 
     def _clip(self, spec: CommitSpec) -> float:
         """Return what the aggregated gradient is multiplied by so that its global norm is at most clip_norm."""
@@ -416,6 +487,11 @@ class Coordinator:
 
     def _bad_push(self, entry: PushEntry, tensor: int, element: int) -> HeadwaterError:
         assert self._layout is not None
+        if tensor == -2:
+            return DisagreementError(
+                f"Expected the same learning rate and other scalars from every worker for table {self._tables[element].name!r}, "
+                f"got others from {self._workers[entry.worker]}: give all workers the same schedule, or declare it with hw.asp()."
+            )
         if tensor < 0:
             return ProtocolError(
                 f"Expected push {entry.sequence} to lie whole on every server before its seal, got none."

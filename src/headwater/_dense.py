@@ -34,6 +34,7 @@ from headwater._messages import (
     Prepare,
     Prepared,
 )
+from headwater._table import Tables
 from headwater.optim import AnyOptimizer
 
 
@@ -80,6 +81,7 @@ class Shard:
 
     def __init__(self, *, threads: int = 1, level: str = "auto") -> None:
         self.threads, self.level = threads, level
+        self.tables = Tables(threads=threads, level=level)
         self.lock = threading.Lock()
         self.commit = 0
         self.side = 0
@@ -93,6 +95,9 @@ class Shard:
     def handle(self, request: AnyMessage) -> AnyMessage:
         """Carry out a request of the coordinator and return the answer."""
         with self.lock:
+            answer = self.tables.handle(request)
+            if answer is not None:
+                return answer
             match request:
                 case Prepare():
                     return self._prepare(request)

@@ -38,6 +38,7 @@ from headwater._messages import (
     Attach,
     Attached,
     Beat,
+    Declare,
     Done,
     Enroll,
     Failed,
@@ -73,7 +74,7 @@ from headwater._transport import (
     request,
 )
 
-ROLES = ("worker", "data", "beat", "observer", "server", "coordinator")
+ROLES = ("worker", "data", "table", "beat", "observer", "server", "coordinator")
 
 
 #: Folders of sockets are named by this, the process id and something random.
@@ -276,6 +277,7 @@ class _Handler:
         self._is_member = self._is_enrolled = False
         self._incoming: np.ndarray | None = None  # a plane that a Put brings
         self._carried = False  # whether a payload came with the push
+        self._desk = server.shard.tables.desk(hello.identity) if hello.role == "table" else None
 
     def welcome(self) -> None:
         """Take the peer in, or raise."""
@@ -284,7 +286,7 @@ class _Handler:
             answer = self._job().hello(self._hello, self._connection, self._connection.send)
         elif self.role == "beat":
             self._job().beat(self._identity, self._connection)
-        elif self.role == "data":
+        elif self.role in ("data", "table"):
             answer = Here(self._server.address)
         elif self.role == "coordinator" and self._coordinator is not None:
             raise ProtocolError("Expected the coordinator at the job's further servers, got it at its own.")
@@ -309,6 +311,9 @@ class _Handler:
             return True
 
     def _dispatch(self, message: AnyMessage) -> bool:
+        if self._desk is not None:
+            self._connection.send(*self._desk.handle(message, can_share=self._connection.can_share))
+            return True
         match message:
             case Push():
                 self._note_push(message.sequence)
@@ -330,6 +335,8 @@ class _Handler:
                 self._connection.send(Attached(len(fds)), fds=fds)
             case Register():
                 self._answer(self._job().register(self._identity, message, self._connection.send))
+            case Declare():
+                self._answer(self._job().declare(self._identity, message))
             case Initialised():
                 self._answer(self._job().initialised(self._identity, message))
             case Leave():
@@ -362,6 +369,8 @@ class _Handler:
 
     def _sink(self, message: AnyMessage, size: int) -> memoryview:
         """Say where a payload goes."""
+        if self._desk is not None:
+            return self._desk.sink(message, size)
         is_worker = self.role in ("worker", "data")
         if isinstance(message, (Seal, Push)) and is_worker:
             self._carried = True
@@ -422,6 +431,8 @@ class _Handler:
 
     def close(self) -> None:
         """The connection has ended: the death of what was behind it."""
+        if self._desk is not None:
+            self._shard.tables.leave(self._desk)
         if self._coordinator is None or not self._is_member:
             return
         if self.role == "worker":
