@@ -19,9 +19,12 @@ namespace {
 constexpr int64_t AHEAD = 16; // rows
 
 template <class Work> void share(int64_t count, int threads, Work work) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int thread = 0; thread < threads; ++thread)
-    work(count * thread / threads, count * (thread + 1) / threads);
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i)
+    others.emplace_back(work, count * i / threads, count * (i + 1) / threads);
+  work(int64_t{0}, count / threads);
+  for (auto &other : others)
+    other.join();
 }
 
 } // namespace

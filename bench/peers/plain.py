@@ -21,7 +21,7 @@ def library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="headwater-bench-") as folder:
         path = f"{folder}/plain.so"
         compiler = os.environ.get("CXX", "c++")
-        flags = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+        flags = ["-std=c++17", "-O3", "-march=native", "-pthread", "-shared", "-fPIC"]
         subprocess.run([compiler, *flags, str(SOURCE), "-o", path], check=True)
         loaded = ctypes.CDLL(path)
     loaded.random_reads.restype = ctypes.c_double
