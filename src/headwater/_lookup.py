@@ -241,10 +241,7 @@ class Table:
         nothing changes. Under BSP the rows are those after the last step that was waited for. Raises LayoutError for ids that are no
         integers.
         """
-        batch = self.batch(ids)
-        out = np.empty((len(batch.ids), self.dim), np.float32)
-        _kernels.take_rows(self._read(batch, touch=touch), batch.inverse, out)
-        return out.reshape(*np.shape(ids), self.dim)
+        return self.pull_batch(self.batch(ids), touch=touch).reshape(*np.shape(ids), self.dim)
 
     def push(self, ids: Any, gradients: np.ndarray, *, scalars: Mapping[str, float] | None = None) -> None:
         """Push a gradient for each id; those of equal ids are summed.
@@ -257,6 +254,11 @@ class Table:
         """
         if scalars is not None:
             self.set_scalars(**scalars)
+        if np.shape(gradients) != (*np.shape(ids), self.dim):
+            raise LayoutError(
+                f"Expected gradients of shape {(*np.shape(ids), self.dim)}, got {np.shape(gradients)} — table {self.name!r}, "
+                f"push {self._sequence + 1}."
+            )
         self.push_batch(self.batch(ids), gradients)
 
     def set_scalars(self, **scalars: float) -> None:
@@ -308,13 +310,18 @@ class Table:
         distinct, ends, inverse = _kernels.unique(flat, len(self._links))
         return Batch(flat.copy(), distinct, [0, *ends.tolist()], inverse)
 
-    def pull_batch(self, batch: Batch, *, touch: bool) -> np.ndarray:
-        """Return the rows of the distinct ids, float32 (u, dim), yours."""
-        return self._read(batch, touch=touch).copy()
+    def pull_batch(self, batch: Batch, *, touch: bool = True, is_distinct: bool = False) -> np.ndarray:
+        """Return the rows of a batch's ids, float32 (n, dim), or one for each that is distinct, (u, dim); yours."""
+        rows = self._read(batch, touch=touch)
+        if is_distinct:
+            return rows.copy()
+        out = np.empty((len(batch.ids), self.dim), np.float32)
+        _kernels.take_rows(rows, batch.inverse, out)
+        return out
 
-    def push_batch(self, batch: Batch, gradients: np.ndarray, *, is_summed: bool = False) -> None:
-        """Push gradients for the ids of a batch, or sums of them for its distinct ids."""
-        count = len(batch.distinct if is_summed else batch.ids)
+    def push_batch(self, batch: Batch, gradients: np.ndarray, *, is_distinct: bool = False) -> None:
+        """Push gradients for the ids of a batch, (n, dim), or their sums for those that are distinct, (u, dim)."""
+        count = len(batch.distinct if is_distinct else batch.ids)
         gradients = np.asarray(gradients)
         if gradients.dtype != np.float32 or gradients.size != count * self.dim or gradients.shape[-1:] != (self.dim,):
             raise LayoutError(
@@ -329,13 +336,13 @@ class Table:
         if len(self._links) == 1:  # straight to where the server reads it
             room = self._links[0].room(0, batch_bytes(len(batch.distinct), self.dim))
             total = _rows_in(room, len(batch.distinct), self.dim)
-        elif not is_summed:
+        elif not is_distinct:
             total = np.empty((len(batch.distinct), self.dim), np.float32)
-        if not is_summed:
+        if not is_distinct:
             _kernels.sum_rows(flat, batch.inverse, total)
         elif total is not flat:
             total[...] = flat
-        self._check_finite(batch, total, flat, is_summed=is_summed)
+        self._check_finite(batch, total, flat, is_distinct=is_distinct)
         step = -1
         if self.spec.is_staged:
             step = self.pushed_step = self._session._sequence + 1
@@ -349,13 +356,13 @@ class Table:
             message = PushRows(self._number, self._sequence, step, len(ids), self._scalars)
             link.send(message, room[: batch_bytes(len(ids), self.dim)], Done, room=0)
 
-    def _check_finite(self, batch: Batch, total: np.ndarray, gradients: np.ndarray, *, is_summed: bool) -> None:
+    def _check_finite(self, batch: Batch, total: np.ndarray, gradients: np.ndarray, *, is_distinct: bool) -> None:
         bad = _kernels.find_bad(total)
         if bad < 0:
             return
         row, position = divmod(bad, self.dim)
         where = row
-        if not is_summed:
+        if not is_distinct:
             places = np.flatnonzero(batch.inverse == row)
             guilty = places[~np.isfinite(gradients[places]).all(axis=1)]
             where = int(guilty[0]) if len(guilty) else int(places[0])
