@@ -23,7 +23,7 @@ import tempfile
 import time
 import traceback
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -299,7 +299,7 @@ class Samples(dict[str, list[float]]):
 
 
 def interleave(
-    *contestants: Contestant | dict[str, Callable[[], float | dict[str, float]]], rounds: int = ROUNDS
+    *contestants: Contestant | Mapping[str, Callable[[], float | dict[str, float]]], rounds: int = ROUNDS
 ) -> Samples:
     """Take every measurement once a round, in turn: contestants' rates, or anything by name, or several things at once.
 
@@ -307,7 +307,7 @@ def interleave(
     """
     measures: dict[str, Callable[[], float | dict[str, float]]] = {}
     for each in contestants:
-        measures |= each if isinstance(each, dict) else {each.name: each.rate}
+        measures |= {each.name: each.rate} if isinstance(each, Contestant) else each
     samples = Samples()
     start = time.perf_counter()
     for name in measures:

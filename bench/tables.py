@@ -60,9 +60,7 @@ def quality(_: Fleet) -> Answer:
     for seed in SEEDS:
         for kind, consistency in kinds.items():
             said = run_example("collaborative_filtering.py", "--consistency", consistency, "--seed", seed)
-            ((reached, _, lower),) = numbers(
-                r"held-out RMSE ([\d.]+); with biases only ([\d.]+): (-?[\d.]+) lower", said
-            )
+            ((reached, lower),) = numbers(r"held-out RMSE ([\d.]+); with biases only [\d.]+: (-?[\d.]+) lower", said)
             rmse[kind].append(reached)
             seconds[kind].append(seconds_to(target, said))
             if kind == "ASP":
@@ -74,11 +72,11 @@ def quality(_: Fleet) -> Answer:
     share, low = ([row[i] for row in content] for i in (0, 1))
     checks = [
         Check("held-out RMSE, two ASP workers, median of 5 seeds", median(rmse["ASP"]), target, at_most=True),
-        Check("the worst seed's", max(rmse["ASP"]), target, at_most=True),
+        Check("RMSE of the worst seed", max(rmse["ASP"]), target, at_most=True),
         Check("below biases only, the worst seed", min(below), 0.01),
-        Check("films without a rating, % below the user's mean", median(share), 2),
-        Check("the worst seed's", min(share), 2),
-        Check("lower end of its 95 % interval, the worst seed", min(low), 0),
+        Check("films without a rating, % below the user's mean, median", median(share), 2),
+        Check("the worst seed", min(share), 2),
+        Check("lower end of the 95 % interval, the worst seed", min(low), 0),
     ]
     beside = {f"RMSE, {kind}": median(values) for kind, values in rmse.items()}
     return checks, beside | seconds.medians(f"s of training to {target}")
@@ -94,7 +92,7 @@ def headwater(fleet: Fleet, address: str, name: str = "headwater") -> list[Conte
         processes = []
         for j in range(2):
             index = 2 * i + j
-            arguments = (address, 2 * len(KINDS), kind, ROWS, {}, index == 0)
+            arguments: tuple[Any, ...] = (address, 2 * len(KINDS), kind, ROWS, {}, index == 0)
             processes.append(fleet.start("bench.ours.table_worker", *arguments, HEADWATER_WORKER=str(index)))
             processes[0].ready()
         found.append(Contestant(f"{name}, {kind}", processes, worth=BATCH))
@@ -115,7 +113,7 @@ def speed(fleet: Fleet) -> Answer:
     )
     samples.show(IDS)
     checks = [
-        Check(f"of the bare kernel's ids/s, {kind}", samples.ratio(f"headwater, {kind}", f"hash: table, {kind}"), 0.7)
+        Check(f"of the bare kernels' ids/s, {kind}", samples.ratio(f"headwater, {kind}", f"hash: all, {kind}"), 0.7)
         for kind in KINDS
     ]
     checks += [
@@ -131,7 +129,11 @@ def speed(fleet: Fleet) -> Answer:
         end_to_end = samples.ratio(f"headwater over a plain array, {kind}", f"headwater, {kind}")
         checks.append(Check(f"times a plain array's time, kernels, {kind}", kernel, 1.9, at_most=True))
         checks.append(Check(f"times a plain array's time, end to end, {kind}", end_to_end, 1.4, at_most=True))
-    return checks, samples.medians(IDS)
+    alone = {
+        f"of lookup and update alone, {kind}": samples.ratio(f"headwater, {kind}", f"hash: table, {kind}")
+        for kind in KINDS
+    }
+    return checks, alone | samples.medians(IDS)
 
 
 def ids_per_s(contestant: Contestant) -> Callable[[], dict[str, float]]:
@@ -235,7 +237,7 @@ def spill(fleet: Fleet) -> Answer:
 #: Figure → what its value says, the value's unit, how to measure it.
 FIGURES: dict[str, tuple[str, str, Callable[[Fleet], Answer]]] = {
     "tables.1": ("MovieLens-100k, two ASP workers, matrix factorisation", "held-out RMSE", quality),
-    "tables.2": ("Pull + push of 26 × 4,096 ids of 10 M, two workers, uniform", "of the bare kernel's ids/s", speed),
+    "tables.2": ("Pull + push of 26 × 4,096 ids of 10 M, two workers, uniform", "of the bare kernels' ids/s", speed),
     "tables.3": ("The same against Redis, PyTorch RPC and nn.Embedding", "times Redis, uniform", redis_and_torch),
     "tables.4": ("ns per id of a table that grows, against itself", "times", growth),
     "tables.5": ("36 of 37 rows on disk, Zipf 1.05", "of the disk's random IOPS", spill),

@@ -77,8 +77,8 @@ class TwoTower(Factorisation):
 
     def tastes(self, user: Tensor, film: Tensor, films: Tensor) -> tuple[Tensor, Tensor]:
         genres = [self._genres_of[i] for i in films.tolist()]
-        ends = torch.tensor([len(some) for some in genres]).cumsum(0)
-        seen = torch.cat([film, self.genres(torch.cat(genres), ends.roll(1).index_fill(0, torch.tensor(0), 0))], dim=1)
+        offsets = torch.tensor([0, *(len(some) for some in genres[:-1])]).cumsum(0)
+        seen = torch.cat([film, self.genres(torch.cat(genres), offsets)], dim=1)
         return user + self.user_tower(user), film + self.film_tower(seen)
 
 
@@ -117,9 +117,7 @@ def train(
 @torch.no_grad()
 def evaluate(model: Factorisation, ratings: Ratings) -> float:
     """Return the root of the mean squared error in stars."""
-    model.eval()
     foreseen, _ = model(torch.from_numpy(ratings.users), torch.from_numpy(ratings.films))
-    model.train()
     return rmse_of(foreseen.numpy(), ratings)
 
 

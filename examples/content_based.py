@@ -58,8 +58,8 @@ class Catalogue:
     def bags(self, films: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return ids, offsets and weights of a batch, as an EmbeddingBag takes them. films: int64 (batch,)."""
         rows = [self._rows[i] for i in films.tolist()]
-        lengths = torch.tensor([0] + [len(ids) for ids, _ in rows[:-1]])
-        return torch.cat([ids for ids, _ in rows]), lengths.cumsum(0), torch.cat([weights for _, weights in rows])
+        offsets = torch.tensor([0, *(len(ids) for ids, _ in rows[:-1])]).cumsum(0)
+        return torch.cat([ids for ids, _ in rows]), offsets, torch.cat([weights for _, weights in rows])
 
 
 class ContentBased(nn.Module):
@@ -89,7 +89,9 @@ class ContentBased(nn.Module):
     @torch.no_grad()
     def foresee(self, people: np.ndarray, films: np.ndarray) -> np.ndarray:
         """Return float32 (n,) in stars."""
-        return self(torch.from_numpy(people), torch.from_numpy(films))[0].clamp(1, 5).numpy()  # type: ignore[no-any-return]
+        stars, _ = self(torch.from_numpy(people), torch.from_numpy(films))
+        found: np.ndarray = stars.clamp(1, 5).numpy()
+        return found
 
 
 def train(session: hw.Session, model: ContentBased, ratings: Ratings, options: argparse.Namespace) -> None:

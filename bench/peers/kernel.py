@@ -114,8 +114,8 @@ def bare_table(rows: int, threads: int, plain: bool) -> Step:
             ids, _, inverse = _kernels.unique(batch)
             rows_out, summed = out[: len(ids)], total[: len(ids)]
             found[f"pull, {kind}"] = timed(table.pull, ids, rows_out)
-            take_s = timed(_kernels.take_rows, rows_out, inverse, each)
-            sum_s = timed(_kernels.sum_rows, raw, inverse, summed)
+            take_s = timed(_kernels.take_rows, rows_out, inverse, each, threads=threads)
+            sum_s = timed(_kernels.sum_rows, raw, inverse, summed, threads=threads)
             found[f"table, {kind}"] = found[f"pull, {kind}"] + timed(table.push, ids, summed)
             found[f"all, {kind}"] = found[f"table, {kind}"] + unique_s + take_s + sum_s
         return found
