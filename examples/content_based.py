@@ -118,8 +118,8 @@ def means_of_users(ratings: Ratings, people: np.ndarray) -> np.ndarray:
     """Return each person's mean rating, or everybody's for one who has rated nothing: what the model has to beat."""
     size = 1 + max(ratings.users.max(), people.max())
     counts, sums = np.bincount(ratings.users, minlength=size), np.bincount(ratings.users, ratings.stars, size)
-    means: np.ndarray = np.where(counts > 0, sums / np.maximum(counts, 1), ratings.stars.mean())
-    return means[people]
+    means: np.ndarray = np.where(counts > 0, sums / np.maximum(counts, 1), ratings.stars.mean())[people]
+    return means
 
 
 def compare(
