@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from bench.core import Answer, start_server
-from bench.harness import BenchError, Contestant, Fleet, Samples, interleave, read_line
+from bench.harness import BenchError, Contestant, Fleet, Samples, interleave
 from bench.report import Check
 from bench.traffic import BATCH, KINDS
 
@@ -145,10 +145,7 @@ def redis_and_torch(fleet: Fleet) -> Answer:
     """tables.3"""
     from bench.peers import redis
 
-    child = fleet.command(redis.server_command(fleet.folder), dict(os.environ))
-    while "eady to accept connections" not in (line := read_line(child)):
-        if not line:
-            raise BenchError("expected redis-server to say that it is ready, got nothing")
+    redis.wait_until_ready(fleet.command(redis.server_command(fleet.folder), dict(os.environ)), fleet.folder)
 
     def pair(name: str, make: str, *arguments: Any, index_at: int) -> list[Contestant]:
         """Return two workers for each kind; index_at: where among the arguments a worker's index goes, the kind comes last."""

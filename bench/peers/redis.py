@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import shutil
 import socket
+import subprocess
 import threading
+import time
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
@@ -20,6 +22,7 @@ from bench.traffic import BATCH, DIM, batches, gradients
 from headwater import _kernels
 
 CHUNK = 4096  # keys per command
+START_S = 10.0
 LR, EPS = 0.05, 1e-10
 
 ROW = np.dtype([("row", np.float32, DIM), ("sum", np.float32)])  # value and row-wise Adagrad's state
@@ -42,6 +45,16 @@ def server_command(folder: str) -> list[str]:
 
 def socket_of(folder: str) -> str:
     return str(Path(folder) / "redis.sock")
+
+
+def wait_until_ready(server: subprocess.Popen[str], folder: str) -> None:
+    """Return when the server listens. Raises BenchError when it ends, or takes too long."""
+    deadline = time.perf_counter() + START_S
+    with socket.socket(socket.AF_UNIX) as probe:
+        while probe.connect_ex(socket_of(folder)):
+            if server.poll() is not None or time.perf_counter() > deadline:
+                raise BenchError(f"expected redis-server to listen within {START_S:.0f} s, got none that does")
+            time.sleep(0.01)
 
 
 class Client:
