@@ -65,10 +65,10 @@ from headwater._messages import (
     WorkerStats,
 )
 from headwater._plan import Plan
-from headwater._rows import RowPolicy, TableSpec, Uniform
+from headwater._rows import TableSpec, spec_of
 from headwater._rows import difference as table_difference
 from headwater._transport import Connection, request
-from headwater.optim import SGD, AnyOptimizer
+from headwater.optim import AnyOptimizer
 
 #: Tells a waiting peer for whom it waits; raises when the peer is gone.
 Tell = Callable[[Waiting], None]
@@ -334,15 +334,7 @@ class Coordinator:
             raise SettingError(
                 f"Expected the job's consistency, {job}, or asp, got {wanted.consistency} — table {wanted.name!r}."
             )
-        return TableSpec(
-            wanted.name,
-            wanted.dim,
-            wanted.optimizer or SGD(lr=0.01),
-            wanted.initial or Uniform(),
-            wanted.seed or 0,
-            wanted.policy or RowPolicy(),
-            wanted.consistency or job,
-        )
+        return spec_of(wanted, job, dim=wanted.dim)
 
     # Pushes and commits.
 
@@ -352,9 +344,8 @@ class Coordinator:
             worker = self._require(identity)
             policy = self._require_policy()
             self._check_seal(identity, seal)
-            entry = PushEntry(identity, seal.sequence, seal.weight, seal.scalars, seal.absent)
             worker.refusal = None
-            commits, refusal = policy.push(entry)
+            commits, refusal = policy.push(_entry(identity, seal))
             worker.sealed = seal.sequence
             if refusal is not None:
                 self._refuse(worker, refusal)
@@ -367,6 +358,28 @@ class Coordinator:
             self._wait(is_closed, lambda: self._missing(identity), tell)
             refused = worker.refusal and Failed(type(worker.refusal).__name__, str(worker.refusal))
             return Committed(worker.commit, worker.clock, self._shard.side, worker.accepted, worker.staleness, refused)
+
+    def foresee(self, identity: int, seal: Seal) -> CommitSpec | None:
+        """Return the commit that a push which is still arriving is about to complete; None where that cannot be told. Changes nothing.
+
+        It is only a guess: whoever joins, leaves or loads before the push is whole makes it another commit.
+        """
+        with self._changed:
+            if self._server_count > 1 or self._is_busy or self._queue or self._is_held():
+                return None
+            if self._plan is None or getattr(self._optimizer, "clip_norm", None) is not None:
+                return None  # the norm is known only when the gradient is whole
+            try:
+                self._require(identity)
+                self._check_seal(identity, seal)
+            except HeadwaterError:
+                return None  # said when the push is whole
+            pushes = self._require_policy().completed_by(_entry(identity, seal))
+            if not pushes:
+                return None
+            assert self._optimizer is not None
+            spec, _ = self._plan.next(self._optimizer, pushes)
+            return spec if spec.rows else None
 
     def _missing(self, identity: int) -> list[str]:
         """Name those that hold a worker up."""
@@ -666,3 +679,7 @@ class Coordinator:
         if self._policy is None:
             raise ProtocolError("Expected a worker to say Hello first.")
         return self._policy
+
+
+def _entry(identity: int, seal: Seal) -> PushEntry:
+    return PushEntry(identity, seal.sequence, seal.weight, seal.scalars, seal.absent)

@@ -14,6 +14,7 @@ HOLD_S = 120.0  # how long a reader may keep commits waiting while it saves
 QUEUE_COMMITS = 16  # commits applied in one pass over memory
 WORKERS = 1024
 SERVERS = 256
+PIECE_BYTES = 1 << 20  # of a push, applied and sent back while the rest still arrives
 STATE_BYTES = 1 << 20  # the job's small dictionary
 TABLES = 1024
 ROOM_BYTES = 1 << 36  # of one batch of a table at one server

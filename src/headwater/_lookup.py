@@ -11,6 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -46,7 +47,7 @@ from headwater._messages import (
     Track,
     WarmRows,
 )
-from headwater._rows import TableSpec, batch_bytes, changes_bytes, join_page, page_bytes, rows_at, split_page
+from headwater._rows import TableSpec, batch_bytes, changes_bytes, join_page, page_bytes, rows_at, split_page, too_many
 from headwater._rows_file import SavedRows, read_rows, write_rows
 from headwater._transport import Connection
 
@@ -221,6 +222,7 @@ class Table:
         self._last: Batch | None = None
         self._ahead: Batch | None = None
         self._is_under_way = False  # the rows of the batch ahead have been asked for
+        self._rows_max: list[int] | None = None  # within the budget of each server
 
     @property
     def name(self) -> str:
@@ -343,6 +345,7 @@ class Table:
         elif total is not flat:
             total[...] = flat
         self._check_finite(batch, total, flat, is_distinct=is_distinct)
+        self._check_budget(batch)
         step = -1
         if self.spec.is_staged:
             step = self.pushed_step = self._session._sequence + 1
@@ -355,6 +358,16 @@ class Table:
                 _rows_in(room, len(ids), self.dim)[...] = total[mine]
             message = PushRows(self._number, self._sequence, step, len(ids), self._scalars)
             link.send(message, room[: batch_bytes(len(ids), self.dim)], Done, room=0)
+
+    def _check_budget(self, batch: Batch) -> None:
+        """Refuse what one of the servers would, before any of them has it."""
+        if self.spec.policy.budget_bytes is None:
+            return
+        if self._rows_max is None:
+            self._rows_max = [answer.rows_max for answer, _ in self._ask_all(TableStatsGet(self._number), TableStats)]
+        for limit, (start, stop) in zip(self._rows_max, pairwise(batch.bounds), strict=True):
+            if 0 < limit < stop - start:
+                raise SettingError(too_many(stop - start, limit, self.spec))
 
     def _check_finite(self, batch: Batch, total: np.ndarray, gradients: np.ndarray, *, is_distinct: bool) -> None:
         bad = _kernels.find_bad(total)
@@ -534,10 +547,12 @@ def hash_ids(strings: Any) -> np.ndarray:
 
     strings: text or bytes, a sequence or an array of them. Two of n strings share an id with a chance of about n² / 2^65.
     """
-    array = np.asarray(strings)
-    if array.dtype.kind not in "USOT" and array.size:
-        raise LayoutError(f"Expected strings, got {array.dtype} {array.shape}: integers are ids as they are.")
-    return _kernels.hash_ids(array.reshape(-1).tolist()).reshape(array.shape)
+    array = np.asarray(strings, object)
+    flat = array.reshape(-1).tolist()
+    wrong = next((item for item in flat if not isinstance(item, (str, bytes))), None)
+    if wrong is not None or None in flat:
+        raise LayoutError(f"Expected strings, got {wrong!r}: integers are ids as they are.")
+    return _kernels.hash_ids(flat).reshape(array.shape)
 
 
 def _rows_in(room: np.ndarray, count: int, dim: int) -> np.ndarray:

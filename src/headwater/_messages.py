@@ -147,7 +147,10 @@ class Pull(Message, frozen=True, tag=True):
 
 
 class Pulled(Message, frozen=True, tag=True):
-    """Payload: the plane, as it was after `commit`."""
+    """Payload: the plane, as it was after `commit`.
+
+    Unasked before a Committed: the parameters as that commit is about to leave them, while its push is still arriving.
+    """
 
     commit: int
 
@@ -165,7 +168,8 @@ class Seal(Message, frozen=True, tag=True):
     """To the coordinator: push number `sequence` is whole on every server; let it count. Answer: Committed.
 
     With one server, whose connection this is, the push and the pull ride along. `pushes`: this is the Push too, with its payload.
-    `pull`: "own" or "sent" as of Pull, done before the answer, which carries the payload.
+    `pull`: "own" or "sent" as of Pull, done before the answer, which carries the payload. Whoever wants it "sent" must read while
+    it sends: where this push completes a commit, Pulled comes before the push is whole, and a Committed without payload confirms it.
     """
 
     sequence: int

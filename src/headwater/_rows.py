@@ -22,7 +22,7 @@ import numpy as np
 from headwater._consistency import Consistency
 from headwater._errors import SettingError
 from headwater._layout import ALIGN_BYTES, round_up
-from headwater.optim import Optimizer, RowOptimizer
+from headwater.optim import SGD, Optimizer, RowOptimizer
 
 BUCKETS = 256
 DIM_MAX = 1 << 16
@@ -158,6 +158,24 @@ class TableSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
         return self.consistency.kind == "bsp"
 
 
+def spec_of(wanted: Any, job: Consistency, *, dim: int) -> TableSpec:
+    """Return the settings of a new table from what is wished; what is not gets its default. Raises SettingError."""
+
+    def chosen(name: str, default: Any) -> Any:
+        value = getattr(wanted, name)
+        return default if value is None else value
+
+    return TableSpec(
+        wanted.name,
+        dim,
+        chosen("optimizer", SGD(lr=0.01)),
+        chosen("initial", Uniform()),
+        chosen("seed", 0),
+        chosen("policy", RowPolicy()),
+        chosen("consistency", job),
+    )
+
+
 def difference(ours: TableSpec, wanted: Any) -> str:
     """Say how wished settings, None being no wish, differ from a table's; empty when they do not."""
     for name in TableSpec.__struct_fields__:
@@ -165,6 +183,14 @@ def difference(ours: TableSpec, wanted: Any) -> str:
         if value is not None and value != getattr(ours, name):
             return f"{name} {getattr(ours, name)}, got {value}"
     return ""
+
+
+def too_many(count: int, limit: int, spec: TableSpec) -> str:
+    """Say that a batch does not fit the budget."""
+    return (
+        f"Expected at most {limit} ids a push at one server, which is what budget_bytes={spec.policy.budget_bytes} holds, got {count} "
+        f"— table {spec.name!r}: raise the budget, or push smaller batches."
+    )
 
 
 def buckets_of(server: int, servers: int) -> tuple[int, int]:

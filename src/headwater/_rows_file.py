@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from headwater import _limits
-from headwater._errors import LayoutError, SettingError, StorageError
+from headwater._errors import HeadwaterError, LayoutError, SettingError, StorageError
 from headwater._rows import TableSpec
 from headwater.optim import RowOptimizer
 
@@ -55,7 +55,9 @@ def write_rows(path: Path, spec: TableSpec, pages: Iterable[SavedRows]) -> int:
         with aside.open("rb") as file:
             os.fsync(file.fileno())
         aside.rename(path)
-    except OSError as error:
+    except HeadwaterError:
+        raise
+    except Exception as error:  # the file libraries have classes of their own
         raise StorageError(
             f"Cannot save table {spec.name!r} to {path}: {error}. What was there is still there."
         ) from error

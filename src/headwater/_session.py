@@ -65,7 +65,7 @@ from headwater._messages import (
     encode,
 )
 from headwater._plan import pack_absent
-from headwater._rows import AnyInitial, RowPolicy, TableSpec, Uniform
+from headwater._rows import AnyInitial, RowPolicy, spec_of
 from headwater._transport import Address, Connection, connect, host_name, request
 from headwater._wire import pack_header
 from headwater.optim import SGD, AnyOptimizer, RowOptimizer
@@ -327,15 +327,7 @@ class Session:
         Raises SettingError, naming the difference, where the table has other settings.
         """
         wanted = Declare(name, dim, optimizer, initial, seed, policy, consistency)
-        TableSpec(
-            name,
-            1 if dim is None else dim,
-            optimizer or SGD(),
-            initial or Uniform(),
-            seed or 0,
-            policy or RowPolicy(),
-            consistency or self.consistency,
-        )  # which checks them before they travel
+        spec_of(wanted, self.consistency, dim=1 if dim is None else dim)  # which checks it before it travels
         declared = self._ask(wanted, Declared)
         if self._tables is None:
             links = []
@@ -404,7 +396,7 @@ class Session:
     def push_sealed(
         self, *, weight: float, scalars: Sequence[tuple[float, ...]], absent: bytes = b"", pull: bool = False
     ) -> None:
-        """Push what stands in the push buffer; what adapters use. pull: `wait` also brings the new parameters."""
+        """Push what stands in the push buffer; what adapters use. pull: `wait`, to be called next, also brings the new parameters."""
         self._require_layout()
         if self._is_pending:
             self.wait()
@@ -415,7 +407,8 @@ class Session:
         if self._is_direct:
             link = self._links[0]
             wanted = "" if not pull or self._reads_in_place else "own" if link.shares else "sent"
-            self._control.send(Seal(self._sequence, weight, rows, absent, True, wanted), link.pushed)
+            send = self._control.hold if wanted == "sent" else self._control.send  # then `wait` sends it while it reads
+            send(Seal(self._sequence, weight, rows, absent, True, wanted), link.pushed)
         else:
             for link in self._links:
                 link.connection.send(Push(self._sequence), link.pushed)
@@ -697,6 +690,8 @@ class Session:
                 return message, fds
             if isinstance(message, Failed):
                 raise message.exception()
+            if isinstance(message, Pulled):  # comes before the Committed that says whether it holds
+                continue
             if not isinstance(message, Waiting):
                 raise ProtocolError(f"Expected {answer.__name__}, got {type(message).__name__}.")
             names = ", ".join(message.names) or "the servers"

@@ -45,7 +45,7 @@ from headwater._messages import (
     Track,
     WarmRows,
 )
-from headwater._rows import batch_bytes, buckets_of, join_page, page_bytes, rows_at, split_page
+from headwater._rows import batch_bytes, buckets_of, join_page, page_bytes, rows_at, split_page, too_many
 
 
 class Part(NamedTuple):
@@ -74,6 +74,7 @@ class Rows:
                 when_full=policy.when_full, evict=policy.evict, spill_folder=policy.spill_folder or "",
                 buckets=buckets_of(request.index, request.count), threads=threads, level=level,
             )  # fmt: skip
+            self.rows_max = self.kernel.stats()["rows_max"]  # 0: no budget
 
     @contextmanager
     def _host(self) -> Iterator[None]:
@@ -82,7 +83,7 @@ class Rows:
         try:
             yield
         except ValueError as error:
-            raise SettingError(f"{error} — {where}.") from error
+            raise SettingError(f"{str(error).rstrip('.')} — {where}.") from error
         except OSError as error:
             raise StorageError(
                 f"Cannot spill or load rows: {error} — {where}, {self.spec.policy.spill_folder}."
@@ -98,11 +99,12 @@ class Rows:
             self.kernel.pull(ids, out, touch=touch, now=time.time())
 
     def warm(self, ids: np.ndarray) -> None:
-        """Begin to bring spilled rows into memory."""
-        self.kernel.prefetch(ids)
+        """Begin to bring spilled rows into memory, where any can be."""
+        if self.spec.policy.when_full == "spill":
+            self.kernel.prefetch(ids)
 
     def check(self, ids: np.ndarray, gradients: np.ndarray, scalars: tuple[float, ...]) -> None:
-        """Raise NonFiniteError, or SettingError for scalars that the optimizer does not take."""
+        """Raise NonFiniteError, or SettingError for more ids than the budget holds or scalars that the optimizer does not take."""
         bad = _kernels.find_bad(gradients, threads=self._threads)
         if bad >= 0:
             row, position = divmod(bad, self.spec.dim)
@@ -110,6 +112,8 @@ class Rows:
                 f"Expected finite gradients, got NaN or infinity for id {ids[row]} at position {position} — "
                 f"table {self.spec.name!r}. Nothing of this push counts; lower the learning rate, clip, or skip the step."
             )
+        if 0 < self.rows_max < len(ids):
+            raise SettingError(too_many(len(ids), self.rows_max, self.spec))
         if scalars != self._checked:
             names = self.spec.optimizer.scalar_names
             if len(scalars) != len(names):
@@ -117,13 +121,16 @@ class Rows:
             self.spec.optimizer.check(dict(zip(names, scalars, strict=True)))
             self._checked = scalars
 
-    def push(self, part: Part) -> None:
-        """Let each row make one step. On a StorageError or SettingError nothing has changed."""
+    def push(self, part: Part, *, pieces: int = 1) -> None:
+        """Let each row make one step. On a StorageError or SettingError nothing has changed, or some of the pieces."""
         optimizer = self.spec.optimizer
         with self._lock, self._host():
             now, step = time.time(), self.step + 1
-            row = optimizer.row(dict(zip(optimizer.scalar_names, part.scalars, strict=True)), step)
-            self.kernel.push(part.ids, part.gradients, np.array(row), step=step, now=now)
+            row = np.array(optimizer.row(dict(zip(optimizer.scalar_names, part.scalars, strict=True)), step))
+            for ids, gradients in zip(
+                np.array_split(part.ids, pieces), np.array_split(part.gradients, pieces), strict=True
+            ):
+                self.kernel.push(ids, gradients, row, step=step, now=now)
             self.step = step
             self.kernel.sweep(step=step, now=now)
 
@@ -135,7 +142,9 @@ class Rows:
         weights = np.repeat(np.array(shares, np.float32), [len(part.ids) for part in parts])
         gradients = np.concatenate([part.gradients for part in parts])
         _kernels.sum_rows(gradients, inverse, total, weights=weights, threads=self._threads, level=self._level)
-        self.push(Part(distinct, total, parts[0].scalars))
+        # Each push fits the budget, all of them together need not.
+        pieces = -(-len(distinct) // self.rows_max) if self.rows_max else 1
+        self.push(Part(distinct, total, parts[0].scalars), pieces=max(pieces, 1))
 
     def put(self, request: PagePut, page: np.ndarray) -> None:
         """Write a page of whole rows."""
