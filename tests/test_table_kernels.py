@@ -764,7 +764,8 @@ def test_the_budget_is_never_exceeded(evict: str, admit_after: int) -> None:
         elif kind == 4:
             table.put(ids, values, values[:, 0].copy(), np.full(len(ids), step), step=step, now=0.0)
         else:
-            push(table, RULES[2], ids, values[:, :12].copy(), step)
+            for _ in range(admit_after):
+                push(table, RULES[2], ids, values[:, :12].copy(), step)
         table.sweep(step=step, now=0.0)
         if turn % 50 == 20:
             table.track(f"follower {turn % 200}")
