@@ -87,6 +87,26 @@ def table_worker(address: str, workers: int, kind: str, rows: int, policy: dict[
     return step
 
 
+def training_worker(address: str, rows: int, policy: dict[str, Any], compute_s: float) -> Step:
+    """Return a step that pulls a batch, lets the next one be on its way, sleeps as while a device computes, and pushes."""
+    session = connect(address, 1, "asp", "shm")
+    table = open_table(session, policy)
+    fill(table, rows)
+    traffic, raw = cycle(batches("zipf", rows, seed=0)), gradients(BATCH, 0)
+    ids = next(traffic)
+
+    def step() -> None:
+        nonlocal ids
+        table.pull(ids)
+        following = next(traffic)
+        table.prefetch(following)
+        time.sleep(compute_s)
+        table.push(ids, raw)
+        ids = following
+
+    return step
+
+
 def open_table(session: hw.Session, policy: dict[str, Any]) -> hw.Table:
     """Declare the table of all figures."""
     chosen = hw.RowPolicy(**policy)

@@ -226,9 +226,32 @@ def available_bytes() -> int:
     return int(found[1]) * 1024
 
 
+SPILL_BUDGET = ROWS * 12 + ROWS // 37 * PROMISED * 11 // 10
+COMPUTE_S = 0.05  # of a training step, on a device that leaves the cores alone
+
+
 def spill(fleet: Fleet) -> Answer:
     """tables.5"""
-    raise NotImplementedError
+    policy = {"budget_bytes": SPILL_BUDGET, "when_full": "spill", "spill_folder": fleet.folder}
+
+    def training(name: str, policy: dict[str, Any]) -> Contestant:
+        arguments = (start_server(fleet)[0], ROWS, policy, COMPUTE_S)
+        return Contestant(name, [fleet.start("bench.ours.training_worker", *arguments)], turn_s=2.0)
+
+    spilled = Contestant("spilled", [fleet.start("bench.peers.kernel.spilled_table", ROWS, CORES, policy)])
+    disk = Contestant("disk", [fleet.start("bench.peers.kernel.disk", fleet.folder, ROWS * PROMISED)])
+    own: dict[str, Callable[[], dict[str, float]]] = {"disk": disk.timings, "spilled": spilled.timings}
+    rows = interleave(own)
+    rows.show("random reads/s")
+    steps = interleave(training("all rows in memory", {}), training("36 of 37 on disk", policy))
+    steps.show("steps/s")
+    best = max((name for name in rows if name.endswith("at once")), key=rows.median)
+    checks = [
+        Check("of the disk's random IOPS, rows that stay there", rows.ratio("rows/s that stay on disk", best), 0.7),
+        Check("of the steps/s with all rows in memory", steps.ratio("36 of 37 on disk", "all rows in memory"), 0.74),
+    ]
+    beside = {"of the disk's random IOPS, rows that come back": rows.ratio("rows/s that come back", best)}
+    return checks, beside | rows.medians("/s") | steps.medians("steps/s")
 
 
 #: Figure → what its value says, the value's unit, how to measure it.

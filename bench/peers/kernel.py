@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.harness import Step
 from bench.ours import ROW_OPTIMIZER, optimizer_of
-from bench.peers.plain import PlainTable
+from bench.peers.plain import PlainTable, random_reads
 from bench.traffic import BATCH, DIM, KINDS, batches, fill_batches, gradients
 from headwater import _kernels
 from headwater._memory import SharedBuffer, zeroed
@@ -68,13 +70,13 @@ def shared_array(elements: int, value: float) -> np.ndarray:
 class Rows:
     """A table's kernel, or a plain array in its place, with all of its rows there."""
 
-    def __init__(self, rows: int, threads: int, *, plain: bool) -> None:
+    def __init__(self, rows: int, threads: int, *, plain: bool, **policy: Any) -> None:
         self.step = 0
         self.table: Any
         if plain:
             self.table = PlainTable(rows, DIM, threads)
             return
-        self.table = table_kernel(threads)
+        self.table = table_kernel(threads, **policy)
         for ids in fill_batches(rows):
             self.push(ids, np.zeros((len(ids), DIM), np.float32))
 
@@ -165,5 +167,45 @@ def inserting_table(rows: int, threads: int) -> Step:
         empty = BATCH * (len(empty_s) - 1) / sum(empty_s[:-1])  # the last one has evicted already
         full_s = sum(timed(insert) for _ in range(len(empty_s) // 2))
         return {"while empty": empty, "while full": BATCH * (len(empty_s) // 2) / full_s}
+
+    return step
+
+
+def spilled_table(rows: int, threads: int, policy: dict[str, Any]) -> Step:
+    """Return a step that looks a batch up in a table most of whose rows are on disk; it returns rows read from there per second.
+
+    The rows stay on disk, or come back to memory, so that others leave it.
+    """
+    table = Rows(rows, threads, plain=False, **policy)
+    traffic = cycle(batches("uniform", rows, seed=9))
+    out = np.empty((BATCH, DIM), np.float32)
+
+    def step() -> dict[str, float]:
+        found = {}
+        for name, touch in (("rows/s that stay on disk", False), ("rows/s that come back", True)):
+            ids, _, _ = _kernels.unique(next(traffic))
+            there = table.table.stats()
+            share = there["spilled_rows"] / (there["spilled_rows"] + there["rows"])
+            seconds = timed(table.table.pull, ids, out[: len(ids)], touch=touch, now=0.0)
+            found[name] = len(ids) * share / seconds
+        return found
+
+    return step
+
+
+DEPTHS = 1, 16, 64, 256  # reads at once
+
+
+def disk(folder: str, file_bytes: int) -> Step:
+    """Return a step that reads 4 KiB at random places past the page cache, more and more at once; it returns reads per second."""
+    path = Path(folder) / "random"
+    with path.open("wb") as file:
+        chunk = np.random.default_rng(0).bytes(1 << 24)
+        for _ in range(file_bytes >> 24):
+            file.write(chunk)
+        os.fsync(file.fileno())
+
+    def step() -> dict[str, float]:
+        return {f"{threads} at once": random_reads(path, 4096, threads, 0.3) for threads in DEPTHS}
 
     return step
