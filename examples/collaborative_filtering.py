@@ -152,7 +152,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--consistency",
         default="asp",
-        help="bsp, ssp:STALENESS, asp (default), or mixed: asp for the tables, bsp for the rest",
+        help="of the job, given here and not to headwater run: bsp, ssp:STALENESS, asp (default), or mixed: asp for tables, bsp for the rest",
     )
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch", type=int, default=2000, help="ratings per worker and step; default 2000")

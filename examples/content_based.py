@@ -150,7 +150,11 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data", type=Path, metavar="PATH", help="your own MovieLens-100k; default: fetched once by pip"
     )
-    parser.add_argument("--consistency", default="asp", help="bsp, ssp:STALENESS or asp (default)")
+    parser.add_argument(
+        "--consistency",
+        default="asp",
+        help="of the job, given here and not to headwater run: bsp, ssp:STALENESS or asp (default)",
+    )
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=2000, help="ratings per worker and step; default 2000")
     parser.add_argument("--rate", type=float, default=0.1, help="learning rate of the tables' Adagrad; default 0.1")
