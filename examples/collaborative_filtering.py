@@ -152,7 +152,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--consistency",
         default="asp",
-        help="of the job, given here and not to headwater run: bsp, ssp:STALENESS, asp (default), or mixed: asp for tables, bsp for the rest",
+        help="bsp, ssp:STALENESS, asp (default), or mixed: asp for tables, bsp for the rest; not to be given to headwater run too",
     )
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch", type=int, default=2000, help="ratings per worker and step; default 2000")
@@ -166,10 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     everything, catalogue = load(options.data)
     ratings, held_out = everything.split(options.seed)
-    job = "bsp" if options.consistency == "mixed" else options.consistency
-    with hw.connect(
-        consistency=hw.Consistency.parse(job)
-    ) as session:  # $HEADWATER_ADDRESS, or a server inside this process
+    job = hw.Consistency.parse("bsp" if options.consistency == "mixed" else options.consistency)
+    with hw.connect(consistency=job) as session:  # $HEADWATER_ADDRESS, or a server inside this process
         mean = float(ratings.stars.mean())
         if options.model == "two-tower":
             model: Factorisation = TwoTower(session, mean, options, catalogue)

@@ -153,7 +153,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--consistency",
         default="asp",
-        help="of the job, given here and not to headwater run: bsp, ssp:STALENESS or asp (default)",
+        help="bsp, ssp:STALENESS or asp (default); not to be given to headwater run too",
     )
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=2000, help="ratings per worker and step; default 2000")
