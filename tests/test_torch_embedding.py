@@ -132,7 +132,10 @@ def test_evaluation_reads_and_leaves_no_trace() -> None:
                 assert not output.requires_grad
             table.pull([1])
         torch.testing.assert_close(embedding(torch.tensor([1])), rows[:1])
-        assert table.stats().rows == 2  # id 2 was only read, and has expired
+        weights = torch.ones(1, 2, requires_grad=True)
+        bag(torch.tensor([[1, 1]]), per_sample_weights=weights).sum().backward()
+        torch.testing.assert_close(weights.grad, rows[:1].sum().repeat(1, 2))
+        assert (table.stats().rows, table.stats().step) == (2, 5)  # id 2 was only read, and has expired
         assert table.stats().misses > 0
 
 

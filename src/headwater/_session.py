@@ -541,7 +541,7 @@ class Session:
         return self._ask(StatsGet(), Stats)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Save parameters, optimizer state, clock and job state as a directory that `load` reads.
+        """Save parameters, optimizer state, clock and job state as a directory that `load` reads. Tables are saved by `Table.export`.
 
         `model.safetensors` holds the parameters under their names. Written aside and renamed when whole: a failure leaves what was
         there before.

@@ -136,15 +136,18 @@ class Rows:
 
     def commit(self, parts: Sequence[Part], shares: Sequence[float]) -> None:
         """Make one step of the parts' mean."""
-        ids = np.concatenate([part.ids for part in parts])
-        distinct, _, inverse = _kernels.unique(ids)
-        total = np.empty((len(distinct), self.spec.dim), np.float32)
-        weights = np.repeat(np.array(shares, np.float32), [len(part.ids) for part in parts])
-        gradients = np.concatenate([part.gradients for part in parts])
-        _kernels.sum_rows(gradients, inverse, total, weights=weights, threads=self._threads, level=self._level)
+        whole = parts[0]
+        if len(parts) > 1 or shares[0] != 1.0:
+            ids = np.concatenate([part.ids for part in parts])
+            distinct, _, inverse = _kernels.unique(ids)
+            total = np.empty((len(distinct), self.spec.dim), np.float32)
+            weights = np.repeat(np.array(shares, np.float32), [len(part.ids) for part in parts])
+            gradients = np.concatenate([part.gradients for part in parts])
+            _kernels.sum_rows(gradients, inverse, total, weights=weights, threads=self._threads, level=self._level)
+            whole = Part(distinct, total, whole.scalars)
         # Each push fits the budget, all of them together need not.
-        pieces = -(-len(distinct) // self.rows_max) if self.rows_max else 1
-        self.push(Part(distinct, total, parts[0].scalars), pieces=max(pieces, 1))
+        pieces = -(-len(whole.ids) // self.rows_max) if self.rows_max else 1
+        self.push(whole, pieces=max(pieces, 1))
 
     def put(self, request: PagePut, page: np.ndarray) -> None:
         """Write a page of whole rows."""

@@ -13,23 +13,66 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
+from headwater import _kernels
 from headwater._errors import LayoutError, SettingError
 from headwater._lookup import Batch, Table, as_ids
 
 
-class _Pull(torch.autograd.Function):
-    """Rows of a batch: one for each of its ids, or one for each that is distinct."""
+class _Rows(torch.autograd.Function):
+    """A row for each id of a batch."""
 
     @staticmethod
-    def forward(ctx: Any, _: torch.Tensor, table: Table, batch: Batch, is_distinct: bool) -> torch.Tensor:
-        ctx.table, ctx.batch, ctx.is_distinct = table, batch, is_distinct
-        return torch.from_numpy(table.pull_batch(batch, is_distinct=is_distinct))
+    def forward(ctx: Any, _: torch.Tensor, table: Table, batch: Batch, is_training: bool) -> torch.Tensor:
+        ctx.table, ctx.batch = table, batch
+        return torch.from_numpy(table.pull_batch(batch, touch=is_training))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None, None]:
-        ctx.table.push_batch(ctx.batch, gradient.numpy(), is_distinct=ctx.is_distinct)
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, ...]:
+        ctx.table.push_batch(ctx.batch, gradient.numpy())
         return None, None, None, None
+
+
+class _Bags(torch.autograd.Function):
+    """Weighted sums of rows; id i counts in bag bags[i]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        _: torch.Tensor,
+        weights: torch.Tensor | None,  # float32 (n,)
+        table: Table,
+        batch: Batch,
+        bags: np.ndarray,  # int32 (n,)
+        count: int,
+        is_training: bool,
+    ) -> torch.Tensor:
+        rows = table.pull_batch(batch, touch=is_training, is_distinct=True)
+        scales = None if weights is None else weights.detach().contiguous().numpy()
+        ctx.table, ctx.batch, ctx.bags, ctx.scales, ctx.rows, ctx.is_training = (
+            table,
+            batch,
+            bags,
+            scales,
+            rows,
+            is_training,
+        )
+        out = np.empty((count, table.dim), np.float32)
+        _kernels.sum_rows(rows, bags, out, sources=batch.inverse, weights=scales)
+        return torch.from_numpy(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        spread = gradient.contiguous().numpy()
+        if ctx.is_training:
+            total = np.empty_like(ctx.rows)
+            _kernels.sum_rows(spread, ctx.batch.inverse, total, sources=ctx.bags, weights=ctx.scales)
+            ctx.table.push_batch(ctx.batch, total, is_distinct=True)
+        of_weights = None
+        if ctx.needs_input_grad[1]:
+            of_weights = torch.from_numpy(np.einsum("ij,ij->i", ctx.rows[ctx.batch.inverse], spread[ctx.bags]))
+        return None, of_weights, None, None, None, None, None
 
 
 class _Module(torch.nn.Module):
@@ -39,17 +82,13 @@ class _Module(torch.nn.Module):
         super().__init__()
         self.table = table
 
-    def _rows(self, ids: torch.Tensor, *, is_distinct: bool) -> tuple[torch.Tensor, Batch]:
-        """Pull; in training mode with a backward that pushes, else without a trace."""
+    def _batch(self, ids: torch.Tensor) -> tuple[Batch, bool, torch.Tensor]:
+        """Return the batch, whether it is trained, and a tensor that lets autograd come by where it is."""
         if not isinstance(ids, torch.Tensor) or ids.device.type != "cpu":
             got = ids.device if isinstance(ids, torch.Tensor) else type(ids).__name__
             raise LayoutError(f"Expected ids in a tensor on the CPU, got {got} — table {self.table.name!r}.")
-        batch = self.table.batch(ids.detach().numpy())
-        if self.training and torch.is_grad_enabled():
-            wants_gradient = torch.empty(0, requires_grad=True)
-            rows: torch.Tensor = _Pull.apply(wants_gradient, self.table, batch, is_distinct)  # type: ignore[no-untyped-call]
-            return rows, batch
-        return torch.from_numpy(self.table.pull_batch(batch, is_distinct=is_distinct, touch=False)), batch
+        is_training = self.training and torch.is_grad_enabled()
+        return self.table.batch(ids.detach().numpy()), is_training, torch.empty(0, requires_grad=is_training)
 
     def extra_repr(self) -> str:
         """Name the table."""
@@ -64,7 +103,8 @@ class Embedding(_Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return float32 (*ids.shape, dim). Raises LayoutError for ids that are no integers."""
-        rows, _ = self._rows(ids, is_distinct=False)
+        batch, is_training, comes_by = self._batch(ids)
+        rows: torch.Tensor = _Rows.apply(comes_by, self.table, batch, is_training)  # type: ignore[no-untyped-call]
         return rows.view(*ids.shape, self.table.dim)
 
 
@@ -91,39 +131,45 @@ class EmbeddingBag(_Module):
         ids: (bags, length), or (n,) with offsets, (bags,): where in ids each bag starts. per_sample_weights: float32, of the shape of
         ids, with mode="sum"; it gets a gradient where it wants one. Raises LayoutError.
         """
-        rows, batch = self._rows(ids, is_distinct=True)
-        if not len(batch.ids):  # torch looks for the first row
-            rows = torch.zeros(1, self.table.dim)
-        inverse = torch.from_numpy(batch.inverse).view(ids.shape)
-        self._check(ids, offsets, per_sample_weights)
-        return torch.nn.functional.embedding_bag(
-            inverse,
-            rows,
-            None if offsets is None else offsets.to(inverse.dtype),
-            mode=self.mode,
-            per_sample_weights=per_sample_weights,
-            include_last_offset=self.include_last_offset,
+        batch, is_training, comes_by = self._batch(ids)
+        lengths = self._lengths(ids, offsets)
+        bags = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        weights = None
+        if per_sample_weights is not None:
+            self._check_weights(ids, per_sample_weights)
+            weights = per_sample_weights.reshape(-1)
+        elif self.mode == "mean":
+            weights = torch.from_numpy((1.0 / np.maximum(lengths, 1)).astype(np.float32)[bags])
+        found: torch.Tensor = _Bags.apply(  # type: ignore[no-untyped-call]
+            comes_by, weights, self.table, batch, bags, len(lengths), is_training
         )
+        return found
 
-    def _check(self, ids: torch.Tensor, offsets: torch.Tensor | None, weights: torch.Tensor | None) -> None:
+    def _lengths(self, ids: torch.Tensor, offsets: torch.Tensor | None) -> np.ndarray:
+        """Return how many ids each bag has. Raises LayoutError."""
         where = f"table {self.table.name!r}"
         if ids.dim() != (2 if offsets is None else 1):
             raise LayoutError(
                 f"Expected ids of shape (bags, length), or (n,) with offsets, got {tuple(ids.shape)} "
                 f"{'without' if offsets is None else 'with'} offsets — {where}."
             )
-        if offsets is not None:
-            starts = as_ids(offsets.detach().numpy(), where)
-            if self.include_last_offset and starts[-1:] != len(ids):
+        if offsets is None:
+            return np.full(ids.shape[0], ids.shape[1])
+        starts = as_ids(offsets.detach().numpy(), where)
+        if self.include_last_offset:
+            if starts[-1:] != len(ids):
                 raise LayoutError(f"Expected offsets that end with {len(ids)}, got {starts.tolist()} — {where}.")
-            if offsets.dim() != 1 or np.any(np.diff(starts, prepend=0, append=len(ids)) < 0) or np.any(starts[:1]):
-                raise LayoutError(
-                    f"Expected offsets (bags,) that start at 0 and never fall, up to {len(ids)} ids, got {offsets} — {where}."
-                )
-        if weights is None:
-            return
+            starts = starts[:-1]
+        lengths = np.diff(starts, append=len(ids))
+        if offsets.dim() != 1 or np.any(lengths < 0) or np.any(starts[:1]) or (len(ids) and not len(starts)):
+            raise LayoutError(
+                f"Expected offsets (bags,) that start at 0 and never fall, up to {len(ids)} ids, got {offsets} — {where}."
+            )
+        return lengths
+
+    def _check_weights(self, ids: torch.Tensor, weights: torch.Tensor) -> None:
         if self.mode != "sum" or weights.shape != ids.shape or weights.dtype != torch.float32:
             raise LayoutError(
                 f"Expected per_sample_weights of float32 {tuple(ids.shape)} with mode='sum', got {weights.dtype} "
-                f"{tuple(weights.shape)} with mode={self.mode!r} — {where}."
+                f"{tuple(weights.shape)} with mode={self.mode!r} — table {self.table.name!r}."
             )
