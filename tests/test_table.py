@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -604,6 +605,42 @@ def test_prefetched_rows_are_of_then_under_asp_and_of_now_under_bsp() -> None:
             session.step()
             assert table.pull([1, 2])[0, 0] == expected
             assert table.pull([1, 2])[0, 0] == -1.0
+
+
+@ways
+def test_a_batch_ahead_that_could_not_be_read_is_read_again(
+    transport: str, servers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headwater._table import Rows as ServerRows
+
+    pull = ServerRows.pull
+    disk_is_broken = [False]
+
+    def broken(self: ServerRows, *arguments: Any, **options: Any) -> None:
+        if disk_is_broken[0]:
+            raise errors.StorageError("on purpose")
+        pull(self, *arguments, **options)
+
+    monkeypatch.setattr(ServerRows, "pull", broken)
+
+    def body(session: hw.Session) -> None:
+        table = session.table("items", 3)
+        ids = np.arange(100)
+        expected = table.pull(ids)
+        for notice in (table.stats, lambda: table.pull(ids + 5), lambda: table.pull(ids)):
+            disk_is_broken[0] = True
+            table.prefetch(ids[::-1])
+            with pytest.raises(errors.StorageError, match="on purpose"):
+                notice()
+            disk_is_broken[0] = False
+            for _ in range(servers):  # each may have something to say
+                with contextlib.suppress(errors.StorageError):
+                    table.stats()
+            np.testing.assert_array_equal(table.pull(ids[::-1]), expected[::-1])
+            np.testing.assert_array_equal(table.pull(ids), expected)
+
+    with job(transport, servers) as run:
+        run(body)
 
 
 def test_what_reads_only_leaves_no_trace() -> None:

@@ -8,29 +8,22 @@ Where memory is shared, ids, rows and gradients are written and read in place, i
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from headwater import _kernels, _limits
 from headwater._errors import (
-    HeadwaterError,
     LayoutError,
     NonFiniteError,
-    PeerError,
-    ProtocolError,
     SettingError,
-    WaitTimeoutError,
 )
-from headwater._memory import stack_buffers, zeroed
 from headwater._messages import (
     AnyMessage,
-    Attached,
     Changed,
     ChangesGet,
     Declared,
@@ -41,7 +34,6 @@ from headwater._messages import (
     PulledRows,
     PullRows,
     PushRows,
-    Room,
     TableStats,
     TableStatsGet,
     Track,
@@ -49,27 +41,9 @@ from headwater._messages import (
 )
 from headwater._rows import TableSpec, batch_bytes, changes_bytes, join_page, page_bytes, rows_at, split_page, too_many
 from headwater._rows_file import SavedRows, read_rows, write_rows
-from headwater._transport import Connection
+from headwater._table_link import Link, Session
 
 _M = TypeVar("_M")
-_ROOM_BYTES = 1 << 16  # the least that is asked for
-
-
-class Session(Protocol):
-    """What tables need of their session."""
-
-    _is_pending: bool
-    _sequence: int
-
-    def wait(self) -> int: ...
-    def _require_open(self) -> None: ...
-    def _held(self) -> AbstractContextManager[Any]: ...
-    def _receive_from(
-        self,
-        connection: Connection,
-        answer: type[_M],
-        view: memoryview | Callable[[AnyMessage], memoryview] | None = None,
-    ) -> tuple[_M, tuple[int, ...]]: ...
 
 
 class Batch(NamedTuple):
@@ -93,91 +67,6 @@ class Changes(NamedTuple):
     deleted: np.ndarray  # int64 (m,)
     restart: bool
     more: bool
-
-
-class _Owed(NamedTuple):
-    """An answer that is still to come."""
-
-    answer: type[Any]
-    view: memoryview | None
-    room: int
-
-
-class Link:
-    """The way to one server's rows."""
-
-    def __init__(self, session: Session, connection: Connection, *, shares: bool) -> None:
-        self._session, self.connection, self.shares = session, connection, shares
-        self._rooms: dict[int, np.ndarray] = {}
-        self._owed: deque[_Owed] = deque()
-
-    def room(self, number: int, size: int) -> np.ndarray:
-        """Return room for a batch, uint8, nobody else using it: page-aligned, and shared with the server where it can be."""
-        if any(owed.room == number for owed in self._owed):
-            self.settle()
-        found = self._rooms.get(number)
-        if found is None or found.nbytes < size:
-            if size > _limits.ROOM_BYTES:
-                raise LayoutError(f"Expected a batch of at most {_limits.ROOM_BYTES} bytes, got {size}: split it.")
-            self.settle()
-            size = max(1 << (size - 1).bit_length(), _ROOM_BYTES)
-            self.connection.send(Room(number, size, self.shares))
-            attached, fds = self._session._receive_from(self.connection, Attached)
-            if len(fds) != self.shares or len(fds) != attached.fds:
-                raise ProtocolError(f"Expected {attached.fds} shared buffers, got {len(fds)}.")
-            found = stack_buffers(list(fds), [size], private=False).array if fds else zeroed(size)
-            self._rooms[number] = found
-        return found
-
-    def send(
-        self,
-        message: AnyMessage,
-        payload: np.ndarray | None,
-        answer: type[Any],
-        view: np.ndarray | None = None,
-        room: int = -1,
-    ) -> None:
-        """Ask; `settle` brings the answer. payload, view: what travels where memory is not shared, uint8; view for the answer's."""
-        if self.shares:
-            payload = view = None
-        elif payload is not None:
-            self.settle()  # else both ends might wait for the other to read
-        self.connection.send(message, None if payload is None or not payload.nbytes else memoryview(payload))
-        self._owed.append(_Owed(answer, None if view is None else memoryview(view), room))
-
-    def settle(self) -> None:
-        """Bring in every answer that is still to come. Raises the first error among them."""
-        first: HeadwaterError | None = None
-        while self._owed:
-            owed = self._owed.popleft()
-            try:
-                self._session._receive_from(self.connection, owed.answer, owed.view)
-            except HeadwaterError as error:
-                if isinstance(error, (PeerError, WaitTimeoutError)):
-                    self._owed.clear()
-                    self.connection.close()  # what is still to come would be taken for something else
-                    raise
-                first = first or error
-        if first is not None:
-            raise first
-
-    def ask(
-        self, message: AnyMessage, answer: type[_M], size: Callable[[_M], int] | None = None
-    ) -> tuple[_M, np.ndarray]:
-        """Ask and wait; returns the answer and its payload, whose size the answer tells."""
-        self.settle()
-        self.connection.send(message)
-        return self.receive(answer, size)
-
-    def receive(self, answer: type[_M], size: Callable[[_M], int] | None = None) -> tuple[_M, np.ndarray]:
-        """Wait for the answer to what was sent last."""
-        held = [np.empty(0, np.uint8)]
-
-        def place(message: AnyMessage) -> memoryview:
-            held[0] = np.empty(size(message) if size is not None and isinstance(message, answer) else 0, np.uint8)
-            return memoryview(held[0])
-
-        return self._session._receive_from(self.connection, answer, place)[0], held[0]
 
 
 class Tables:
@@ -252,7 +141,7 @@ class Table:
         In an ASP or SSP job it counts at once, as one step of each row. Under BSP it belongs to the worker's next step, with that step's
         weight: it counts with `session.step`, or not at all.
         Raises LayoutError, or NonFiniteError naming id and position: then nothing of this push counts. An error of a server is
-        raised by this call or the next one.
+        raised by the next call that speaks to it, or by `session.step`, which then does nothing itself.
         """
         if scalars is not None:
             self.set_scalars(**scalars)
@@ -287,14 +176,7 @@ class Table:
             self._is_under_way = True
             self._ask_for(batch, 1 + self._number, touch=True)
         elif self.spec.policy.when_full == "spill":
-            for link, ids_here in self._parts(batch):
-                room = self._write_ids(link, 1 + self._number, ids_here)
-                link.send(
-                    WarmRows(self._number, 1 + self._number, len(ids_here)),
-                    room[: ids_here.nbytes],
-                    Done,
-                    room=1 + self._number,
-                )
+            self._ask_for(batch, 1 + self._number, touch=True, only_warm=True)
 
     # What adapters use.
 
@@ -335,6 +217,8 @@ class Table:
             return
         flat = np.ascontiguousarray(gradients).reshape(count, self.dim)
         total = flat
+        for link, (start, stop) in zip(self._links, pairwise(batch.bounds), strict=True):
+            link.room(0, batch_bytes(stop - start, self.dim))  # what went wrong before is said before anything is sent
         if len(self._links) == 1:  # straight to where the server reads it
             room = self._links[0].room(0, batch_bytes(len(batch.distinct), self.dim))
             total = _rows_in(room, len(batch.distinct), self.dim)
@@ -390,26 +274,30 @@ class Table:
         """Return the rows of the distinct ids, float32 (u, dim), valid until the next request."""
         if self.spec.is_staged and self._session._is_pending:
             self._session.wait()  # clock c reads commit c
-        number = 0
-        if batch is self._ahead and self._is_under_way:
-            number = 1 + self._number
-        else:
-            self._ask_for(batch, 0, touch=touch)
+        number = 1 + self._number
+        is_ahead = batch is self._ahead
+        if not (is_ahead and self._is_under_way) or any(number in link.failed for link in self._links):
+            number = 0
+            self._ask_for(batch, number, touch=touch)
+        if is_ahead:
+            self._ahead, self._is_under_way = None, False
         found = []
         for link, ids in self._parts(batch):
             found.append(_rows_in(link.room(number, batch_bytes(len(ids), self.dim)), len(ids), self.dim))
             link.settle()
         self._last = batch
-        if batch is self._ahead:
-            self._ahead, self._is_under_way = None, False
         return found[0] if len(found) == 1 else np.concatenate([np.empty((0, self.dim), np.float32), *found])
 
-    def _ask_for(self, batch: Batch, number: int, *, touch: bool) -> None:
-        """Ask each server for its rows; they come into this room."""
+    def _ask_for(self, batch: Batch, number: int, *, touch: bool, only_warm: bool = False) -> None:
+        """Ask each server for its rows, which come into this room; or only to have them in memory."""
         for link, ids in self._parts(batch):
             room = self._write_ids(link, number, ids)
-            rows = room[rows_at(len(ids)) : batch_bytes(len(ids), self.dim)]
-            link.send(PullRows(self._number, number, len(ids), touch), room[: ids.nbytes], PulledRows, rows, number)
+            raw = room[: ids.nbytes]
+            if only_warm:
+                link.send(WarmRows(self._number, number, len(ids)), raw, Done, room=number)
+            else:
+                rows = room[rows_at(len(ids)) : batch_bytes(len(ids), self.dim)]
+                link.send(PullRows(self._number, number, len(ids), touch), raw, PulledRows, rows, room=number)
 
     def _parts(self, batch: Batch) -> Iterable[tuple[Link, np.ndarray]]:
         """Yield each server that has any of the ids, and those."""

@@ -28,7 +28,7 @@ from headwater._errors import (
     WaitTimeoutError,
 )
 from headwater._layout import Layout, Part, TensorSpec
-from headwater._lookup import Link, Table, Tables
+from headwater._lookup import Table, Tables
 from headwater._memory import stack_buffers, zeroed
 from headwater._messages import (
     AnyMessage,
@@ -66,6 +66,7 @@ from headwater._messages import (
 )
 from headwater._plan import pack_absent
 from headwater._rows import AnyInitial, RowPolicy, spec_of
+from headwater._table_link import Link
 from headwater._transport import Address, Connection, connect, host_name, request
 from headwater._wire import pack_header
 from headwater.optim import SGD, AnyOptimizer, RowOptimizer
