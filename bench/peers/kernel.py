@@ -141,7 +141,7 @@ def growing_table(rows: int, threads: int, plain: bool) -> Step:
     def step() -> dict[str, float]:
         ids = next(traffic)
         seconds = timed(table.pull, ids, out[: len(ids)]) + timed(table.push, ids, some[: len(ids)])
-        return {"ns per id": 1e9 * seconds / len(ids), "bytes per row": table.table.bytes / rows}
+        return {"ns per id": 1e9 * seconds / len(ids), "bytes per row": table.table.stats()["bytes"] / rows}
 
     return step
 
