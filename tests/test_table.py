@@ -682,6 +682,31 @@ def test_a_replica_follows_a_table_over_all_servers(transport: str, servers: int
         run(body)
 
 
+@pytest.mark.parametrize("evict", ["lru", "lfu"])
+@pytest.mark.parametrize("consistency", [ASP, BSP], ids=str)
+def test_a_replica_follows_what_is_evicted_and_comes_back(consistency: Any, evict: str) -> None:
+    def body(session: hw.Session) -> None:
+        policy = hw.RowPolicy(budget_bytes=1 << 20, evict=evict, admit_after=2, expire_steps=40, decay=0.5)
+        table = session.table("items", 4, optimizer=hw.optim.Adagrad(lr=0.5), policy=policy)
+        table.track("replica")
+        replica: Rows = {}
+        random = np.random.default_rng(7)
+        for step in range(60):
+            ids = random.integers(0, 3000 + 500 * step, 4000)
+            table.push(ids, ones(4000, 4))
+            session.step()
+            assert table.stats().bytes <= 1 << 20
+            if step % 7 == 0:
+                follow(replica, lambda: table.changes("replica", 3000))
+        follow(replica, lambda: table.changes("replica"))
+        assert replica == everything(table)
+        stats = table.stats()
+        assert min(stats.evicted, stats.admitted, stats.refused) > 1000
+
+    with job("shm", 2, consistency=consistency) as run:
+        run(body)
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "parquet"])
 @pytest.mark.parametrize("consistency", [ASP, BSP], ids=str)
 def test_a_saved_table_goes_on_on_other_servers(tmp_path: Path, suffix: str, consistency: Any) -> None:
