@@ -11,6 +11,7 @@ namespace {
 constexpr int kDraws = 8;              // rows of which the worst goes
 constexpr int64_t kDeletedMin = 1024;  // ids
 constexpr size_t kNeighbours = 8;
+constexpr uint32_t kRowsAhead = 4;
 
 uint32_t decayed_count(uint32_t count, double factor, uint64_t times) {
   for (; times > 0 && count > 0; times--) count = static_cast<uint32_t>(std::floor(count * factor));
@@ -104,7 +105,7 @@ void Bucket::init(const Shape* shape, Slabs* slabs, int number) {
 }
 
 void Bucket::add_to_index(uint64_t hash, uint32_t number) {
-  for (int64_t at = home(hash);; at = at + 1 == line_count_ ? 0 : at + 1) {
+  for (int64_t at = home(hash);; at = next(at)) {
     Line& line = lines_[at];
     for (uint32_t& slot : line.slots) {
       if (slot != 0) continue;
@@ -117,7 +118,7 @@ void Bucket::add_to_index(uint64_t hash, uint32_t number) {
 
 void Bucket::remove_from_index(uint64_t hash, uint32_t number) {
   const uint32_t wanted = tag_of(hash) | number;
-  for (int64_t at = home(hash);; at = at + 1 == line_count_ ? 0 : at + 1) {
+  for (int64_t at = home(hash);; at = next(at)) {
     Line& line = lines_[at];
     for (uint32_t& slot : line.slots) {
       if (slot != wanted) continue;
@@ -141,12 +142,14 @@ bool Bucket::grow_index() {
   std::memset(fresh, 0, static_cast<size_t>(bytes));
   lines_.reset(fresh);
   line_count_ = lines;
+  while (numbers_ < lines * kLineRows) numbers_ = numbers_ << 1 | 1;  // a number is below the most rows that there ever were
 
   constexpr uint32_t kAhead = 8;
   uint64_t hashes[kAhead];
   for (uint32_t n = 0; n < used_ + kAhead; n++) {
     if (n >= kAhead && !row(n - kAhead)->is_free()) add_to_index(hashes[n % kAhead], n - kAhead);
     if (n >= used_) continue;
+    if (n + 3 * kAhead < used_) __builtin_prefetch(row(n + 3 * kAhead));
     hashes[n % kAhead] = hash_of(row(n)->id);
     prefetch_line(hashes[n % kAhead]);
   }
@@ -237,6 +240,12 @@ Found Bucket::insert(uint64_t hash, int64_t id, uint32_t clock) {
   }
   add_to_index(hash, found.number);
   rows_++;
+  // The rows that come next, for they are written soon and come from far away.
+  const uint32_t ahead = used_ + kRowsAhead;
+  if (ahead < chunks_.size() << shape_->shift) {
+    const char* start = reinterpret_cast<const char*>(row(ahead));
+    for (int64_t at = 0; at < std::min(shape_->row_bytes, kRowBytesAhead); at += 64) __builtin_prefetch(start + at, 1);
+  }
   found.row->id = id;
   found.row->last = clock;
   found.row->marks = 0;

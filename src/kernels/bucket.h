@@ -1,7 +1,7 @@
 // One bucket of a table: an index by id, rows in chunks, and the counters of ids that have no row yet. No locks, no threads.
 //
-// Index: lines of 64 bytes, fifteen slots each. A slot is a tag of 8 hash bits, never 0, above a row number of 24 bits; 0 is
-// free. An id's home is the line that its hash falls in; when that is full, it goes to the next with room, and `passed` of every
+// Index: lines of 64 bytes, fifteen slots each. A slot is a row number below a tag of hash bits, never 0: as many as the largest
+// number leaves of 32, so that hardly ever another id's row is looked at; 0 is free. An id's home is the line that its hash falls in; when that is full, it goes to the next with room, and `passed` of every
 // line on the way is raised by one. So a search ends at the first line that nobody passed, and nothing is left behind by a
 // deletion. Lines hold 13 rows on average at most and grow by a quarter.
 //
@@ -30,6 +30,7 @@ constexpr uint32_t kRowsMax = 1u << 23;         // of a bucket, in memory
 constexpr uint32_t kSighting = 16;              // counts are in sixteenths
 constexpr uint32_t kCountMax = (1u << 24) - 1;  // in sixteenths
 constexpr int kConsumersMax = 8;
+constexpr int64_t kRowBytesAhead = 512;  // of a row, that is asked for ahead of its use; the CPU sees by itself how it goes on
 
 struct __attribute__((packed, aligned(4))) Header {
   int64_t id;
@@ -107,29 +108,40 @@ class alignas(64) Bucket {
   int64_t rows() const { return rows_; }
   int64_t bytes() const;  // all but the rows, which lie in slabs
 
+  // Three looks ahead, each at what the one before has asked for: the line of an id's home; its row, or the next line when the
+  // home was full; and then the row that the next line has. `bytes` of a row are asked for.
+  struct Sight {
+    Found row;               // most likely the id's
+    bool is_passed = false;  // a third look may find it
+  };
   void prefetch_line(uint64_t hash) const { __builtin_prefetch(&lines_[home(hash)]); }
-  // Asks for the first row that this could be. Its line had better be there.
-  void prefetch_row(uint64_t hash, int64_t bytes) const {
-    const Line& line = lines_[home(hash)];
-    const uint32_t mask = match(line, tag_of(hash));
-    if (mask == 0) return;
-    const char* start = reinterpret_cast<const char*>(row(line.slots[__builtin_ctz(mask)] & kNumber));
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(start + at);
-    __builtin_prefetch(start + bytes - 1);
+  Sight prefetch_row(uint64_t hash, int64_t bytes) const {
+    const int64_t at = home(hash);
+    const Found found = prefetch_match(lines_[at], hash, bytes);
+    const bool is_passed = found.row == nullptr && lines_[at].passed != 0;
+    if (is_passed) __builtin_prefetch(&lines_[next(at)]);
+    return {found, is_passed};
+  }
+  Sight prefetch_passed_row(uint64_t hash, int64_t bytes) const {
+    return {prefetch_match(lines_[next(home(hash))], hash, bytes), false};
   }
 
+  Found find(uint64_t hash, int64_t id, const Sight& sight) const {
+    const Header* row = sight.row.row;
+    return row != nullptr && row->id == id && !row->is_free() ? sight.row : find(hash, id);
+  }
   Found find(uint64_t hash, int64_t id) const {
     const uint32_t tag = tag_of(hash);
     int64_t at = home(hash);
     for (int64_t seen = 0; seen < line_count_; seen++) {
       const Line& line = lines_[at];
       for (uint32_t mask = match(line, tag); mask != 0; mask &= mask - 1) {
-        const uint32_t number = line.slots[__builtin_ctz(mask)] & kNumber;
+        const uint32_t number = line.slots[__builtin_ctz(mask)] & numbers_;
         Header* const found = row(number);
         if (found->id == id) return {number, found};
       }
       if (line.passed == 0) break;
-      at = at + 1 == line_count_ ? 0 : at + 1;
+      at = next(at);
     }
     return {};
   }
@@ -154,24 +166,35 @@ class alignas(64) Bucket {
   int64_t admitted = 0, refused = 0, evicted = 0, expired = 0, dropped = 0;
 
  private:
-  static constexpr uint32_t kNumber = (1u << 24) - 1;
-
   int64_t home(uint64_t hash) const {
     return static_cast<int64_t>((hash >> 24 & 0xffffffffu) * static_cast<uint64_t>(line_count_) >> 32);
   }
-  static uint32_t tag_of(uint64_t hash) { return (1 + (static_cast<uint32_t>(hash & 0xffu) * 255 >> 8)) << 24; }
+  int64_t next(int64_t line) const { return line + 1 == line_count_ ? 0 : line + 1; }
+  Found prefetch_match(const Line& line, uint64_t hash, int64_t bytes) const {
+    const uint32_t mask = match(line, tag_of(hash));
+    if (mask == 0) return {};
+    const uint32_t number = line.slots[__builtin_ctz(mask)] & numbers_;
+    const char* start = reinterpret_cast<const char*>(row(number));
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(start + at);
+    __builtin_prefetch(start + bytes - 1);
+    return {number, row(number)};
+  }
+  uint32_t tag_of(uint64_t hash) const {
+    const uint32_t tag = static_cast<uint32_t>(hash) & ~numbers_;
+    return tag != 0 ? tag : numbers_ + 1;
+  }
 
   // Bit i: slot i has this tag.
-  static uint32_t match(const Line& line, uint32_t tag) {
+  uint32_t match(const Line& line, uint32_t tag) const {
 #if defined(__SSE2__)
     const __m128i* four = reinterpret_cast<const __m128i*>(&line);
-    const __m128i tags = _mm_set1_epi32(static_cast<int>(tag)), high = _mm_set1_epi32(static_cast<int>(0xff000000u));
+    const __m128i tags = _mm_set1_epi32(static_cast<int>(tag)), high = _mm_set1_epi32(static_cast<int>(~numbers_));
     const auto same = [&](int i) { return _mm_cmpeq_epi32(_mm_and_si128(_mm_load_si128(four + i), high), tags); };
     const __m128i low = _mm_packs_epi32(same(0), same(1)), upper = _mm_packs_epi32(same(2), same(3));
     return static_cast<uint32_t>(_mm_movemask_epi8(_mm_packs_epi16(low, upper))) >> 1;
 #else
     uint32_t mask = 0;
-    for (int i = 0; i < 15; i++) mask |= static_cast<uint32_t>((line.slots[i] & 0xff000000u) == tag) << i;
+    for (int i = 0; i < 15; i++) mask |= static_cast<uint32_t>((line.slots[i] & ~numbers_) == tag) << i;
     return mask;
 #endif
   }
@@ -195,6 +218,7 @@ class alignas(64) Bucket {
   int number_ = 0;
   std::unique_ptr<Line[], Free> lines_;
   int64_t line_count_ = 0;
+  uint32_t numbers_ = 0xff;  // the bits of a slot that are a row number
   std::vector<char*> chunks_;
   uint32_t used_ = 0, free_ = kNone;
   int64_t rows_ = 0;

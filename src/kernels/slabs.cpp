@@ -16,7 +16,7 @@ int64_t round_up(int64_t bytes, int64_t unit) { return (bytes + unit - 1) / unit
 
 // Whole chunks; whole huge pages where there is more than one, so that less than a chunk is lost to rounding.
 int64_t fit(int64_t target, int64_t chunk_bytes) {
-  if (target >= 2 * kHugePage) target = target / kHugePage * kHugePage;
+  if (target >= kHugePage) target = target / kHugePage * kHugePage;
   else target = round_up(std::max<int64_t>(1, target / chunk_bytes) * chunk_bytes, kPage);
   return std::max(target, round_up(chunk_bytes, kPage));
 }

@@ -18,8 +18,8 @@ constexpr int64_t kBudgetLog = 64;          // this part for the ids of deleted 
 constexpr int64_t kBudgetCandidates = 8;    // this part for the counters of ids without a row, when there are any
 constexpr int64_t kCandidatesMin = 16 << 10;  // bytes of a bucket, without a budget
 constexpr int64_t kBucketRowsMin = 4;
-constexpr int64_t kLineAhead = 24, kRowAhead = 12;  // how far ahead of its use memory is asked for
-constexpr int64_t kRowBytesAhead = 512;     // of a row; the CPU sees by itself where this is going
+constexpr int64_t kLineAhead = 30, kRowAhead = 20, kPassedAhead = 10;  // ids, for the three looks ahead
+constexpr int64_t kRing = 32;               // for what the looks remember: more than they are ahead, so that i % kRing is free
 constexpr int64_t kAlone = 2048;            // ids: fewer are not worth waking a thread
 constexpr int64_t kPart = 4096;             // ids that a thread takes at a time
 constexpr int64_t kSweepRows = 1 << 14;
@@ -136,11 +136,10 @@ TableStats Table::stats() {
 
 // ---- pull ----------------------------------------------------------------------------------------------------
 
-// Index lines are asked for kLineAhead ids ahead, the rows that they point to kRowAhead ids ahead: by then the lines are there.
 template <bool prefetch>
 int64_t Table::pull_part(const int64_t* ids, int64_t count, float* out, bool touch, uint32_t clock) const {
-  constexpr int64_t kRing = 32;
   uint64_t hashes[kRing];
+  Bucket::Sight sights[kRing];
   const int64_t bytes = std::min<int64_t>(kRowBytesAhead, static_cast<int64_t>(sizeof(Header)) + settings_.dim * 4);
   const auto bucket_at = [this](uint64_t hash) -> const Bucket& { return buckets_[static_cast<size_t>(bucket_of(hash))]; };
   int64_t hits = 0;
@@ -152,12 +151,17 @@ int64_t Table::pull_part(const int64_t* ids, int64_t count, float* out, bool tou
       }
       if (i + kRowAhead >= 0 && i + kRowAhead < count) {
         const uint64_t hash = hashes[(i + kRowAhead) % kRing];
-        bucket_at(hash).prefetch_row(hash, bytes);
+        sights[(i + kRowAhead) % kRing] = bucket_at(hash).prefetch_row(hash, bytes);
+      }
+      if (i + kPassedAhead >= 0 && i + kPassedAhead < count && sights[(i + kPassedAhead) % kRing].is_passed) {
+        const uint64_t hash = hashes[(i + kPassedAhead) % kRing];
+        sights[(i + kPassedAhead) % kRing] = bucket_at(hash).prefetch_passed_row(hash, bytes);
       }
       if (i < 0) continue;
     }
     const uint64_t hash = prefetch ? hashes[i % kRing] : hash_of(ids[i]);
-    const Found found = bucket_at(hash).find(hash, ids[i]);
+    const Bucket& bucket = bucket_at(hash);
+    const Found found = prefetch ? bucket.find(hash, ids[i], sights[i % kRing]) : bucket.find(hash, ids[i]);
     float* to = out + i * settings_.dim;
     // Readers touch rows side by side; all of them write the same or a later time.
     const uint32_t last = found.row == nullptr ? 0 : __atomic_load_n(&found.row->last, __ATOMIC_RELAXED);
@@ -217,9 +221,10 @@ class Table::Sorted {
   std::vector<int64_t> order_;
 };
 
-// Calls visit(bucket, hash, i) for every id, those of a bucket one after the other on one thread, in the order of the batch.
+// Calls visit(bucket, hash, i, sight) for every id, those of a bucket one after the other on one thread, in the order of the batch.
+// data: an array of `width` floats for each id that the visit will read, or null.
 template <class Visit>
-void Table::visit(const int64_t* ids, int64_t count, Visit visit) {
+void Table::visit(const int64_t* ids, int64_t count, const float* data, int64_t width, Visit visit) {
   const Sorted sorted(ids, count);
   const int64_t row_bytes = std::min(kRowBytesAhead, shape_.row_bytes);
   const int64_t period = step_ / kDecaySteps;
@@ -229,12 +234,20 @@ void Table::visit(const int64_t* ids, int64_t count, Visit visit) {
     const int64_t begin = sorted.begin(b), end = sorted.end(b);
     if (begin == end) return true;
     Bucket& bucket = buckets_[static_cast<size_t>(b)];
+    Bucket::Sight sights[kRing];
     try {
       bucket.decay(settings_.decay, static_cast<uint64_t>(period));
       for (int64_t i = begin - kLineAhead; i < end; i++) {
         if (i + kLineAhead < end) bucket.prefetch_line(sorted.hash(i + kLineAhead));
-        if (i + kRowAhead >= begin && i + kRowAhead < end) bucket.prefetch_row(sorted.hash(i + kRowAhead), row_bytes);
-        if (i >= begin) visit(bucket, sorted.hash(i), sorted.source(i));
+        if (i + kPassedAhead >= begin && i + kPassedAhead < end && sights[(i + kPassedAhead) % kRing].is_passed) {
+          sights[(i + kPassedAhead) % kRing] = bucket.prefetch_passed_row(sorted.hash(i + kPassedAhead), row_bytes);
+        }
+        if (i + kRowAhead >= begin && i + kRowAhead < end) {
+          sights[(i + kRowAhead) % kRing] = bucket.prefetch_row(sorted.hash(i + kRowAhead), row_bytes);
+          const float* row = data + sorted.source(i + kRowAhead) * width;
+          for (int64_t at = 0; at < std::min(width * 4, kRowBytesAhead); at += 64) __builtin_prefetch(row + at / 4);
+        }
+        if (i >= begin) visit(bucket, sorted.hash(i), sorted.source(i), sights[i % kRing]);
       }
     } catch (...) {
       std::lock_guard<std::mutex> hold(failing);
@@ -267,8 +280,8 @@ int64_t Table::expire(Bucket& bucket) {
 }
 
 // The row of an id that is about to be written; a new one has its initial value and state. None: it is not admitted yet.
-Found Table::obtain(Bucket& bucket, uint64_t hash, int64_t id, uint32_t clock, bool admit) {
-  Found found = bucket.find(hash, id);
+Found Table::obtain(Bucket& bucket, uint64_t hash, int64_t id, const Bucket::Sight& sight, uint32_t clock, bool admit) {
+  Found found = bucket.find(hash, id, sight);
   if (found.row != nullptr && has_expired(found.row->last, clock)) {
     bucket.remove(found);
     bucket.expired++;
@@ -301,8 +314,8 @@ Found Table::obtain(Bucket& bucket, uint64_t hash, int64_t id, uint32_t clock, b
 void Table::push(const int64_t* ids, int64_t count, const float* gradients, const float* scalars, int64_t step, int64_t now) {
   std::unique_lock<std::shared_mutex> hold(lock_);
   const uint32_t clock = advance(step, now);
-  visit(ids, count, [&](Bucket& bucket, uint64_t hash, int64_t i) {
-    const Found found = obtain(bucket, hash, ids[i], clock, false);
+  visit(ids, count, gradients, settings_.dim, [&](Bucket& bucket, uint64_t hash, int64_t i, const Bucket::Sight& sight) {
+    const Found found = obtain(bucket, hash, ids[i], sight, clock, false);
     if (found.row == nullptr) return;
     Header& row = *found.row;
     row.last = std::max(row.last, clock);
@@ -315,8 +328,8 @@ void Table::put(const int64_t* ids, int64_t count, const float* rows, const floa
                 int64_t now) {
   std::unique_lock<std::shared_mutex> hold(lock_);
   const uint32_t clock = advance(step, now);
-  visit(ids, count, [&](Bucket& bucket, uint64_t hash, int64_t i) {
-    Header& row = *obtain(bucket, hash, ids[i], clock, true).row;
+  visit(ids, count, rows, width(), [&](Bucket& bucket, uint64_t hash, int64_t i, const Bucket::Sight& sight) {
+    Header& row = *obtain(bucket, hash, ids[i], sight, clock, true).row;
     row.last = static_cast<uint32_t>(last_seen[i]);
     row.marks = static_cast<uint32_t>(counts[i] * kSighting) << 8 | (row.marks & 0xffu) | shape_.followers;
     copy_floats(row.values(), rows + i * width(), width());
@@ -326,8 +339,8 @@ void Table::put(const int64_t* ids, int64_t count, const float* rows, const floa
 int64_t Table::erase(const int64_t* ids, int64_t count) {
   std::unique_lock<std::shared_mutex> hold(lock_);
   std::atomic<int64_t> erased{0};
-  visit(ids, count, [&](Bucket& bucket, uint64_t hash, int64_t i) {
-    const Found found = bucket.find(hash, ids[i]);
+  visit(ids, count, nullptr, 0, [&](Bucket& bucket, uint64_t hash, int64_t i, const Bucket::Sight& sight) {
+    const Found found = bucket.find(hash, ids[i], sight);
     bucket.candidates.forget(ids[i], hash);
     if (found.row == nullptr) return;
     bucket.remove(found);
