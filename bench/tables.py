@@ -226,6 +226,7 @@ def available_bytes() -> int:
     return int(found[1]) * 1024
 
 
+#: What 36 of 37 rows need in memory while they are on disk, and the other one whole.
 SPILL_BUDGET = ROWS * 12 + ROWS // 37 * PROMISED * 11 // 10
 COMPUTE_S = 0.05  # of a training step, on a device that leaves the cores alone
 
@@ -242,6 +243,7 @@ def spill(fleet: Fleet) -> Answer:
     disk = Contestant("disk", [fleet.start("bench.peers.kernel.disk", fleet.folder, ROWS * PROMISED)])
     own: dict[str, Callable[[], dict[str, float]]] = {"disk": disk.timings, "spilled": spilled.timings}
     rows = interleave(own)
+    size = rows.only("rows for each in memory").median("rows for each in memory")
     rows.show("random reads/s")
     steps = interleave(training("all rows in memory", {}), training("36 of 37 on disk", policy))
     steps.show("steps/s")
@@ -251,7 +253,7 @@ def spill(fleet: Fleet) -> Answer:
         Check("of the steps/s with all rows in memory", steps.ratio("36 of 37 on disk", "all rows in memory"), 0.74),
     ]
     beside = {"of the disk's random IOPS, rows that come back": rows.ratio("rows/s that come back", best)}
-    return checks, beside | rows.medians("/s") | steps.medians("steps/s")
+    return checks, beside | {"rows for each in memory": size} | rows.medians("/s") | steps.medians("steps/s")
 
 
 #: Figure → what its value says, the value's unit, how to measure it.

@@ -190,10 +190,10 @@ def spilled_table(rows: int, threads: int, policy: dict[str, Any]) -> Step:
         for name, touch in (("rows/s that stay on disk", False), ("rows/s that come back", True)):
             ids, _, _ = _kernels.unique(next(traffic))
             there = table.table.stats()
-            share = there["spilled_rows"] / (there["spilled_rows"] + there["rows"])
+            spilled = there["spilled_rows"] / rows
             seconds = timed(table.table.pull, ids, out[: len(ids)], touch=touch, now=0.0)
-            found[name] = len(ids) * share / seconds
-        return found
+            found[name] = len(ids) * spilled / seconds
+        return found | {"rows for each in memory": rows / there["rows"]}
 
     return step
 
