@@ -141,8 +141,8 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
     (Leave(), "91a54c65617665"),
     (Hold(), "91a4486f6c64"),
     (
-        Held(6, (6,), (TensorSpec("w", (1,), "float16"),), optim.Mean()),
-        "95a448656c640691069194a1779101a7666c6f617431360081a474797065a44d65616e",
+        Held(6, (6,), (TensorSpec("w", (1,), "float16"),), optim.Mean(), ("items",)),
+        "96a448656c640691069194a1779101a7666c6f617431360081a474797065a44d65616e91a56974656d73",
     ),
     (Resume(), "91a6526573756d65"),
     (StateGet(), "91a85374617465476574"),

@@ -472,6 +472,14 @@ def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
         assert session.pull()["w"].tolist() == [-1.0] * 4
 
 
+def test_saving_names_the_tables_that_are_not_in_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with hw.connect() as session:
+        session.table("items", 2)
+        register_ones(session)
+        session.save(tmp_path / "saved")
+    assert caplog.messages == [f"{tmp_path}/saved will not hold the rows of table items: Table.export() saves them."]
+
+
 def test_figures_and_counts_stand_in_the_statistics() -> None:
     def work(session: hw.Session) -> None:
         register_ones(session)

@@ -557,7 +557,8 @@ class Coordinator:
             self._holder = (identity, time.monotonic() + _limits.HOLD_S)
             specs: tuple[TensorSpec, ...] = self._layout.specs if self._layout else ()
             steps = self._plan.steps() if self._plan else ()
-            return Held(self._shard.commit, steps, specs, self._optimizer)
+            tables = tuple(spec.name for spec in self._tables)
+            return Held(self._shard.commit, steps, specs, self._optimizer, tables)
 
     def resume(self, identity: int) -> None:
         """Let commits go on."""

@@ -258,6 +258,7 @@ class Held(Message, frozen=True, tag=True):
     steps: tuple[int, ...]
     tensors: tuple[TensorSpec, ...]
     optimizer: AnyOptimizer | None
+    tables: tuple[str, ...] = ()
 
 
 class Resume(Message, frozen=True, tag=True):

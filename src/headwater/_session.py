@@ -542,13 +542,16 @@ class Session:
         return self._ask(StatsGet(), Stats)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Save parameters, optimizer state, clock and job state as a directory that `load` reads. Tables are saved by `Table.export`.
+        """Save parameters, optimizer state, clock and job state as a directory that `load` reads. Tables are saved by `Table.export`; a
+        warning names those that the job has.
 
         `model.safetensors` holds the parameters under their names. Written aside and renamed when whole: a failure leaves what was
         there before.
         """
         with self._held() as held:
             checkpoint = self._read(held)
+        if held.tables:
+            _warn(f"{path} will not hold the rows of table {', '.join(held.tables)}: Table.export() saves them.")
         checkpoint.write(Path(path))
 
     def load(self, path: str | os.PathLike[str]) -> None:
