@@ -199,12 +199,14 @@ def gpt(fleet: Fleet) -> Answer:
     # What any training does in its optimizer is no overhead: the update itself, as the bare kernel makes it.
     cores = len(os.sched_getaffinity(0))
     update = Contestant(
-        "bare Adam", [fleet.start("bench.peers.kernel.bare_kernel", "adam", GPT_PARAMETERS, 2, cores)], worth=2
+        "bare Adam, clipped",
+        [fleet.start("bench.peers.kernel.bare_kernel", "adam, clipped", GPT_PARAMETERS, 2, cores)],
+        worth=2,
     )
     samples = interleave({"headwater": rate_and_own_time}, ddp("DDP", 0, 0), *small, update)
     samples.show(STEPS)
     in_step = median(own[1:])
-    update_percent = 100 * samples.ratio("headwater", "bare Adam")
+    update_percent = 100 * samples.ratio("headwater", "bare Adam, clipped")
     checks = [
         Check("of DDP's speed, the demo's batch", samples.ratio("headwater", "DDP"), 0.98),
         Check("own overhead, of a step (%)", in_step - update_percent, 3, at_most=True),

@@ -23,7 +23,7 @@ import tempfile
 import time
 import traceback
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -239,6 +239,11 @@ class Contestant:
         """Run a turn; returns steps per second, all processes together."""
         return self.worth * joint_rate(self.turn())
 
+    def timings(self) -> dict[str, float]:
+        """Run a turn of steps that return seconds by name; returns their medians."""
+        found = [value for trace in self.turn() for value in trace.values]
+        return {name: statistics.median(value[name] for value in found) for name in found[0]}
+
     def latency_us(self) -> float:
         """Run a turn; returns the median duration of a step in microseconds."""
         stamps = self.turn()[0].stamps
@@ -293,15 +298,17 @@ class Samples(dict[str, list[float]]):
             print(f"  {name:<40} {median:9.4g} [{low:.4g} – {high:.4g}] {unit}, {len(values)} runs", flush=True)
 
 
-def interleave(*contestants: Contestant | dict[str, Callable[[], float]], rounds: int = ROUNDS) -> Samples:
-    """Take every measurement once a round, in turn: contestants' rates, or anything by name.
+def interleave(
+    *contestants: Contestant | Mapping[str, Callable[[], float | dict[str, float]]], rounds: int = ROUNDS
+) -> Samples:
+    """Take every measurement once a round, in turn: contestants' rates, or anything by name, or several things at once.
 
     A first round is thrown away. On a machine that is too slow for all rounds there are fewer.
     """
-    measures: dict[str, Callable[[], float]] = {}
+    measures: dict[str, Callable[[], float | dict[str, float]]] = {}
     for each in contestants:
-        measures |= each if isinstance(each, dict) else {each.name: each.rate}
-    samples = Samples({name: [] for name in measures})
+        measures |= {each.name: each.rate} if isinstance(each, Contestant) else each
+    samples = Samples()
     start = time.perf_counter()
     for name in measures:
         measures[name]()
@@ -309,5 +316,7 @@ def interleave(*contestants: Contestant | dict[str, Callable[[], float]], rounds
         if i >= ROUNDS_MIN and time.perf_counter() - start > BUDGET_S:
             break
         for name in reversed(measures) if i % 2 else measures:
-            samples[name].append(measures[name]())
+            found = measures[name]()
+            for key, value in found.items() if isinstance(found, dict) else [(name, found)]:
+                samples.setdefault(key, []).append(value)
     return samples

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import os
 import time
+from itertools import cycle
+from typing import Any
 
 import numpy as np
 
 import headwater as hw
 from bench.harness import Step
+from bench.peers.plain import PlainTable
+from bench.traffic import BATCH, DIM, batches, fill_batches, gradients
+from headwater import _kernels
+from headwater._transport import Address
+
+ROW_OPTIMIZER = hw.optim.RowwiseAdagrad(lr=0.05)
 
 
 def optimizer_of(name: str) -> hw.optim.SGD | hw.optim.Adam:
@@ -20,6 +28,8 @@ def optimizer_of(name: str) -> hw.optim.SGD | hw.optim.Adam:
             return hw.optim.SGD(lr=1e-3, clip_norm=1.0)
         case "adam":
             return hw.optim.Adam(lr=1e-3)
+        case "adam, clipped":
+            return hw.optim.Adam(lr=1e-3, clip_norm=1.0)
     raise ValueError(name)
 
 
@@ -60,3 +70,70 @@ def working_worker(
         push()
 
     return step
+
+
+def table_worker(address: str, workers: int, kind: str, rows: int, policy: dict[str, Any], is_first: bool) -> Step:
+    """Return a step that pulls a batch and pushes its gradients. is_first: it makes all rows before."""
+    session = connect(address, workers, "asp", "shm")
+    table = open_table(session, policy)
+    if is_first:
+        fill(table, rows)
+    index = session.index
+    traffic, raw = cycle(batches(kind, rows, seed=index)), gradients(BATCH, index)
+
+    def step() -> None:
+        ids = next(traffic)
+        table.pull(ids)
+        table.push(ids, raw)
+
+    return step
+
+
+def training_worker(address: str, rows: int, policy: dict[str, Any], compute_s: float) -> Step:
+    """Return a step that pulls a batch, lets the next one be on its way, sleeps as while a device computes, and pushes."""
+    session = connect(address, 1, "asp", "shm")
+    table = open_table(session, policy)
+    fill(table, rows)
+    traffic, raw = cycle(batches("zipf", rows, seed=0)), gradients(BATCH, 0)
+    ids = next(traffic)
+
+    def step() -> None:
+        nonlocal ids
+        table.pull(ids)
+        following = next(traffic)
+        table.prefetch(following)
+        time.sleep(compute_s)
+        table.push(ids, raw)
+        ids = following
+
+    return step
+
+
+def open_table(session: hw.Session, policy: dict[str, Any]) -> hw.Table:
+    """Declare the table of all figures."""
+    chosen = hw.RowPolicy(**policy)
+    return session.table("rows", dim=DIM, optimizer=ROW_OPTIMIZER, initial=hw.Uniform(0.01), policy=chosen)
+
+
+def fill(table: hw.Table, rows: int) -> None:
+    """Let ids 0 … rows − 1 have rows."""
+    for ids in fill_batches(rows):
+        table.push(ids, np.zeros((len(ids), DIM), np.float32))
+    table.pull(ids[:1])  # answered when all of it has counted
+
+
+def plain_server(rows: int, workers: int) -> str:
+    """Be a server whose tables are plain arrays; returns its address. All else is as in any other server."""
+
+    def make(dim: int, *_: Any, threads: int, **__: Any) -> PlainTable:
+        return PlainTable(rows, dim, threads)
+
+    _kernels.Table = make  # type: ignore[assignment,misc]
+    threads = len(os.sched_getaffinity(0))
+    token = os.environ["HEADWATER_TOKEN"]
+    server = hw.Server(Address.parse("tcp://127.0.0.1:0"), token=token, workers=workers, threads=threads)
+    _kept.append(server)
+    return server.address.tcp
+
+
+_kept: list[hw.Server] = []

@@ -10,13 +10,18 @@ from headwater._messages import (
     Attach,
     Attached,
     Beat,
+    Changed,
+    ChangesGet,
     CommitSpec,
     Committed,
+    Declare,
+    Declared,
     Detach,
     Done,
     Enroll,
     Failed,
     Flip,
+    Gather,
     Held,
     Hello,
     Here,
@@ -25,16 +30,24 @@ from headwater._messages import (
     Leave,
     Normed,
     Norms,
+    OpenTable,
+    Page,
+    PageGet,
+    PagePut,
     Prepare,
     Prepared,
     Pull,
     Pulled,
+    PulledRows,
+    PullRows,
     Push,
+    PushRows,
     Put,
     Register,
     Registered,
     Report,
     Resume,
+    Room,
     Seal,
     ServerAddress,
     State,
@@ -42,10 +55,17 @@ from headwater._messages import (
     StateSet,
     Stats,
     StatsGet,
+    TableStats,
+    TableStatsGet,
+    Track,
     Waiting,
+    WarmRows,
     Welcome,
     WorkerStats,
 )
+from headwater._rows import RowPolicy, TableSpec, Uniform
+
+ITEMS = TableSpec("items", 2, optim.RowwiseAdagrad(lr=0.5), Uniform(0.5), 3, RowPolicy(admit_after=2), asp())
 
 #: Never edit a line: other bytes for a message are another protocol version.
 GOLDEN: list[tuple[AnyMessage, str]] = [
@@ -104,10 +124,13 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
         "97a9436f6d6d6974746564050501020093a64661696c6564ae4e6f6e46696e6974654572726f72a34e614e",
     ),
     (
-        Prepare(6, (CommitSpec(((9, 4),), b"\0\0\0\0", ((0.5,),), b"\0\0\0\0\0\0\xf0?"),)),
-        "93a75072657061726506919491920904c404000000009191cb3fe0000000000000c408000000000000f03f",
+        Prepare(6, (CommitSpec(((9, 4),), b"\0\0\0\0", ((0.5,),), b"\0\0\0\0\0\0\xf0?"),), True),
+        "94a75072657061726506919491920904c404000000009191cb3fe0000000000000c408000000000000f03fc3",
     ),
-    (Prepared((0, 1, 2, 3)), "92a850726570617265649400010203"),
+    (
+        Prepared((0, 1, 2, 3), b"\0\0\0\0\0\0\xf0?"),
+        "93a850726570617265649400010203c408000000000000f03f",
+    ),
     (
         Norms(CommitSpec(((9, 4), (8, 4)), b"\xff\xff\xff\xff", (), b"")),
         "92a54e6f726d739492920904920804c404ffffffff90c400",
@@ -118,8 +141,8 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
     (Leave(), "91a54c65617665"),
     (Hold(), "91a4486f6c64"),
     (
-        Held(6, (6,), (TensorSpec("w", (1,), "float16"),), optim.Mean()),
-        "95a448656c640691069194a1779101a7666c6f617431360081a474797065a44d65616e",
+        Held(6, (6,), (TensorSpec("w", (1,), "float16"),), optim.Mean(), ("items",)),
+        "96a448656c640691069194a1779101a7666c6f617431360081a474797065a44d65616e91a56974656d73",
     ),
     (Resume(), "91a6526573756d65"),
     (StateGet(), "91a85374617465476574"),
@@ -133,5 +156,54 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
             "9aa5537461747306cb3ff80000000000000738380192a36273700001919900a7686f73743a3432c3060002060181a46c"
             "6f7373cb4004000000000000"
         ),
+    ),
+    (
+        Declare("items", 2, optim.SGD(lr=0.5)),
+        (
+            "98a74465636c617265a56974656d730288a474797065a3534744a86d6178696d697a65c2a9636c69705f6e6f726dc0a8"
+            "6d6f6d656e74756dcb0000000000000000a26c72cb3fe0000000000000a964616d70656e696e67cb0000000000000000"
+            "ac7765696768745f6465636179cb0000000000000000a86e65737465726f76c2c0c0c0c0"
+        ),
+    ),
+    (
+        Declared(1, ITEMS),
+        (
+            "93a84465636c617265640197a56974656d730288a474797065ae526f777769736541646167726164a86d6178696d697a"
+            "65c2a9636c69705f6e6f726dc0a26c72cb3fe0000000000000a86c725f6465636179cb0000000000000000ac77656967"
+            "68745f6465636179cb0000000000000000b9696e697469616c5f616363756d756c61746f725f76616c7565cb00000000"
+            "00000000a3657073cb3ddb7cdfd9d7bdbb82a474797065a7556e69666f726da56c696d6974cb3fe00000000000000388"
+            "ab61646d69745f616674657202ac6578706972655f7374657073c0a86578706972655f73c0a56465636179cb3ff00000"
+            "00000000ac6275646765745f6279746573c0a97768656e5f66756c6ca56576696374a56576696374a36c7275ac737069"
+            "6c6c5f666f6c646572c092a361737000"
+        ),
+    ),
+    (
+        OpenTable(1, ITEMS, 0, 2),
+        (
+            "95a94f70656e5461626c650197a56974656d730288a474797065ae526f777769736541646167726164a86d6178696d69"
+            "7a65c2a9636c69705f6e6f726dc0a26c72cb3fe0000000000000a86c725f6465636179cb0000000000000000ac776569"
+            "6768745f6465636179cb0000000000000000b9696e697469616c5f616363756d756c61746f725f76616c7565cb000000"
+            "0000000000a3657073cb3ddb7cdfd9d7bdbb82a474797065a7556e69666f726da56c696d6974cb3fe000000000000003"
+            "88ab61646d69745f616674657202ac6578706972655f7374657073c0a86578706972655f73c0a56465636179cb3ff000"
+            "0000000000ac6275646765745f6279746573c0a97768656e5f66756c6ca56576696374a56576696374a36c7275ac7370"
+            "696c6c5f666f6c646572c092a3617370000002"
+        ),
+    ),
+    (Room(0, 65536, True), "94a4526f6f6d00ce00010000c3"),
+    (PullRows(1, 0, 3, True), "95a850756c6c526f7773010003c3"),
+    (PulledRows(), "91aa50756c6c6564526f7773"),
+    (WarmRows(1, 2, 3), "94a85761726d526f7773010203"),
+    (PushRows(1, 4, -1, 3, (0.5,)), "96a850757368526f77730104ff0391cb3fe0000000000000"),
+    (Gather(((9, 4, 0.5),)), "92a647617468657291930904cb3fe0000000000000"),
+    (Track(1, "replica", True), "94a5547261636b01a77265706c696361c3"),
+    (ChangesGet(1, "replica", 1 << 31), "94aa4368616e67657347657401a77265706c696361ce80000000"),
+    (Changed(2, 1, False, True), "95a74368616e6765640201c2c3"),
+    (PageGet(1, 0, 65536), "94a7506167654765740100ce00010000"),
+    (Page(2, -1, 7), "94a45061676502ff07"),
+    (PagePut(1, 2, 7), "94a750616765507574010207"),
+    (TableStatsGet(1), "92ad5461626c65537461747347657401"),
+    (
+        TableStats(1, 0, 99, 0, 0, 0, 7, 1, 0, 0, 0, 0, 0, 0, 2, 1),
+        "dc0011aa5461626c65537461747301006300000007010000000000000201",
     ),
 ]

@@ -7,9 +7,11 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from bench import core, harness, report
+from bench import core, harness, report, tables, traffic
+from bench.peers.kernel import Rows, table_kernel
 
 
 def test_rate_counts_only_while_all_are_at_work() -> None:
@@ -127,3 +129,32 @@ def test_a_fleet_ends_its_processes() -> None:
 def test_a_process_that_fails_says_why() -> None:
     with harness.Fleet() as fleet, pytest.raises(harness.BenchError, match=r"failing\(\) failed: no such thing"):
         fleet.start(f"{__name__}.failing").ready()
+
+
+def test_time_to_a_quality_is_that_of_the_first_epoch_that_reaches_it() -> None:
+    said = "epoch 1: loss 1.1, held-out RMSE 0.9400, 0.50 s\nepoch 2: loss 0.9, held-out RMSE 0.9300, 1.00 s\n"
+    assert tables.seconds_to(0.93, said) == 1.0
+    assert tables.seconds_to(0.92, said) == float("inf")
+
+
+def test_ids_of_batches_are_strewn_one_to_one_and_zipf_is_zipf() -> None:
+    rows = 1000
+    ids = np.concatenate(traffic.batches("zipf", rows, seed=0))
+    counts = np.sort(np.bincount(ids, minlength=rows))[::-1]
+    assert len(counts) == rows
+    assert counts[0] / counts[9] == pytest.approx(10**traffic.ZIPF, rel=0.05)
+    assert len(np.unique(np.concatenate(traffic.batches("uniform", rows, seed=0)))) == rows
+
+
+def test_the_plain_array_of_the_bench_makes_the_steps_of_a_table() -> None:
+    """It is a peer only if it does the same work."""
+    rows, chance = 500, np.random.default_rng(0)
+    ours, plain = Rows(rows, 1, plain=False), Rows(rows, 2, plain=True)
+    table_kernel(1).pull(np.arange(rows), plain.table.values, touch=False, now=0.0)
+    found = [np.empty((300, traffic.DIM), np.float32) for _ in range(2)]
+    for _ in range(3):
+        ids, some = chance.permutation(rows)[:300], chance.normal(0, 1, (300, traffic.DIM)).astype(np.float32)
+        for table, out in zip((ours, plain), found, strict=True):
+            table.push(ids, some)
+            table.pull(ids, out)
+        np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-7)

@@ -78,7 +78,12 @@ class Jobs(RuleBasedStateMachine):
         peer = self.peers[identity]
         held = [p.pending for p in self.peers.values() if p.pending is not None and not p.is_refused]
         differs = any(h.weight > 0 and h.scalars != entry.scalars for h in held)
+        before = state_of(self.policy)
+        foretold = self.policy.completed_by(entry)
+        assert state_of(self.policy) == before
         commits, refused = self.policy.push(entry)
+        if self.is_bsp:
+            assert foretold == (commits[0].pushes if commits and refused is None else ())
         assert (refused is not None) == (self.is_bsp and entry.weight > 0 and differs)
         peer.sequence, peer.pending, peer.is_refused = entry.sequence, entry, refused is not None
         self.record(commits)

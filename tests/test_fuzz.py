@@ -23,24 +23,35 @@ from headwater._layout import TensorSpec
 from headwater._messages import (
     AnyMessage,
     Attach,
+    ChangesGet,
+    Declare,
     Failed,
     Hello,
     Hold,
     Initialised,
     Leave,
+    PageGet,
+    PagePut,
     Pull,
+    PullRows,
     Push,
+    PushRows,
     Put,
     Register,
     Report,
     Resume,
+    Room,
     Seal,
     StateGet,
     StateSet,
     StatsGet,
+    TableStatsGet,
+    Track,
+    WarmRows,
     decode,
     encode,
 )
+from headwater._rows import RowPolicy, batch_bytes, page_bytes
 from headwater._transport import Address, SocketConnection, connect
 from headwater._wire import HEADER_BYTES, pack_header, unpack_header
 
@@ -193,11 +204,14 @@ GREETINGS: dict[str, list[bytes]] = {
     "stranger": [],
     "worker": [frame(Register(SPECS, SGD)), frame(Attach(share=False))],
     "data": [frame(Attach(share=True))],
+    "table": [frame(Room(0, 4096, False)), frame(Room(1, 4096, True))],
     "observer": [],
     "beat": [],
     "server": [],
     "coordinator": [],
 }
+ROW = hw.optim.Adagrad(lr=0.5)
+ROW_SCALARS = tuple(ROW.scalars().values())
 #: What workers and readers say.
 REQUESTS: list[tuple[AnyMessage, bytes]] = [
     (Register(SPECS, SGD), b""),
@@ -222,6 +236,31 @@ REQUESTS: list[tuple[AnyMessage, bytes]] = [
     (Hold(), b""),
     (Resume(), b""),
     (Leave(), b""),
+    (Declare("items", 2), b""),
+    (
+        Declare("others", 3, ROW, hw.Normal(0.5), -1, RowPolicy(admit_after=2, expire_steps=3, budget_bytes=1 << 20)),
+        b"",
+    ),
+]
+#: And workers on their connections for tables, number 0 being there.
+TABLE_REQUESTS: list[tuple[AnyMessage, bytes]] = [
+    (Room(0, 4096, True), b""),
+    (Room(2, 1 << 36, False), b""),
+    (PullRows(0, 0, 3, True), bytes(24)),
+    (PullRows(0, 1, 3, False), b""),
+    (PullRows(1, 0, 1 << 60, False), bytes(24)),
+    (WarmRows(0, 1, 3), b""),
+    (PushRows(0, 0, -1, 1, ROW_SCALARS), b"\x07" * 8 + bytes(batch_bytes(1, 2) - 8)),
+    (PushRows(0, 1, -1, 0, ROW_SCALARS), b""),
+    (PushRows(0, 2, -1, 1, ROW_SCALARS), bytes(batch_bytes(1, 2) - 1) + b"\xff"),
+    (Track(0, "replica", True), b""),
+    (Track(0, "replica", False), b""),
+    (ChangesGet(0, "replica", 1 << 31), b""),
+    (PageGet(0, 0, 65536), b""),
+    (PageGet(0, -5, -5), b""),
+    (PagePut(0, 1, 1), bytes(page_bytes(1, 4))),
+    (PagePut(0, 1 << 60, 1), b""),
+    (TableStatsGet(0), b""),
 ]
 
 
@@ -251,15 +290,18 @@ def serving_threads() -> set[threading.Thread]:
 def test_server_survives_broken_requests_of_everybody(tmp_path: Path) -> None:
     """Before the token and after it, in every role; then a worker that was there all along makes a step as ever."""
     mutate = Mutator([*(frame(*parts) for parts in REQUESTS), *SAMPLES], SEED + 2)
+    mutate_tables = Mutator([frame(*parts) for parts in TABLE_REQUESTS], SEED + 3)
     with (
         hw.Server(Address("unix", str(tmp_path / "socket"), 0), token=TOKEN, consistency=hw.asp(), workers=1) as server,
         hw.connect(server.address.unix, token=TOKEN) as session,
     ):
         session.register({"w": np.ones(5, np.float32)}, SGD)
+        table = session.table("items", 2, optimizer=ROW)
         before = serving_threads()
         for number in range(SERVED):
             role = list(GREETINGS)[number % len(GREETINGS)]
-            requests = [*(mutate.pick() for _ in range(number % 3)), mutate()]
+            breaks = mutate_tables if role == "table" else mutate
+            requests = [*(breaks.pick() for _ in range(number % 3)), breaks()]
             hello = [frame(Hello(TOKEN, role, number))] if role != "stranger" else []
             with replayable(number, b"".join(requests)):
                 answers = ask(server, hello + GREETINGS[role] + requests)
@@ -270,4 +312,8 @@ def test_server_survives_broken_requests_of_everybody(tmp_path: Path) -> None:
         start = session.pull()["w"]
         session.step({"w": np.full(5, 2.0, np.float32)})
         np.testing.assert_array_equal(session.parameters["w"], start - 1.0)
+        rows = table.pull([1, 2])
+        table.push([1, 2], np.ones((2, 2), np.float32))
+        assert (table.pull([1, 2]) < rows).all()
+        assert np.isfinite(table.pull([0, int.from_bytes(b"\x07" * 8)])).all()
         assert sum(worker.live for worker in session.stats().workers) == 1

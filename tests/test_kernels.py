@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -172,6 +173,20 @@ def test_large_planes_are_written_around_the_cache_with_the_same_bits(wire: str,
 def mapped(dtype: np.dtype[Any], size: int) -> Array:
     """Return an array that starts on a page."""
     return np.frombuffer(mmap.mmap(-1, size * dtype.itemsize), dtype)
+
+
+@pytest.mark.parametrize("wire", DTYPES)
+def test_blocks_one_after_another_are_the_whole(wire: str) -> None:
+    optimizer = optim.Adam()
+    source, commit = make_planes(optimizer, wire, SIZE), make_commit(optimizer, wire, SIZE, cuts=(BLOCK + 3,))
+    pieces = [np.full_like(plane, 7) for plane in source]
+    edges = [0, 1, 1, 4, -(-SIZE // BLOCK)]
+    for blocks in pairwise(edges):
+        found = _kernels.apply("adam", 0, wire, source, pieces, [commit], threads=2, level="auto", blocks=blocks)
+        assert found is None
+        end = min(blocks[1] * BLOCK, SIZE)
+        assert all((plane[end:] == 7).all() for plane in pieces)
+    assert_same_bits(pieces, run_apply(optimizer, wire, source, [commit]))
 
 
 @pytest.mark.parametrize("wire", DTYPES)
@@ -342,6 +357,11 @@ def test_square_sums_are_the_same_everywhere_and_close_to_numpy(wire: str) -> No
         for threads in (1, 2, 4):
             sums = _kernels.square_sums(wire, runs, contributions, coefficients, threads=threads, level=level)
             assert_same_bits([sums], [expected])
+    source, target = make_planes(optim.Mean(), wire, SIZE), make_planes(optim.Mean(), wire, SIZE)
+    beside = np.full(len(expected), np.nan)
+    commits = [(runs, np.zeros((3, 0)), contributions, coefficients)]
+    assert _kernels.apply("mean", 0, wire, source, target, commits, threads=2, level="auto", sums=beside) is None
+    assert_same_bits([beside], [expected])
     gradient = np.zeros(6 * BLOCK)
     for (start, stop, row), shares in zip(runs, coefficients, strict=True):
         if row >= 0:
@@ -410,6 +430,10 @@ def bad_arguments() -> Iterator[Any]:
     yield "read-only target", {"target": [f.tobytes()]}
     yield "target is source", {"target": [f]}
     yield "no commits", {"commits": []}
+    yield "blocks beyond the end", {"blocks": (0, 2)}
+    yield "blocks backwards", {"blocks": (1, 0)}
+    yield "sums of another size", {"sums": np.zeros(2)}
+    yield "dtype of sums", {"sums": np.zeros(2, np.float32)}
     yield "a part missing", {"commits": [(runs, scalars, (f,))]}
     yield "runs too long", commit(runs=np.array([[0, 101, 0]]))
     yield "runs too short", commit(runs=np.array([[0, 99, 0]]))

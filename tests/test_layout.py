@@ -209,7 +209,6 @@ def test_difference_says_what_differs_first(theirs: list[TensorSpec], sentence: 
 @pytest.mark.parametrize(
     ("specs", "message"),
     [
-        ([], "at least one tensor to register, got none"),
         ([A, A], "a name of its own, got 'a' twice"),
         ([TensorSpec("a", (2,), "int64")], "one of float32, float64, bfloat16, float16, got int64 — tensor 'a'"),
         ([TensorSpec("a", (2, 0), "float32")], r"with elements, got shape \(2, 0\) — tensor 'a': leave it out"),
@@ -222,3 +221,9 @@ def test_difference_says_what_differs_first(theirs: list[TensorSpec], sentence: 
 def test_senseless_specs_are_refused(specs: list[TensorSpec], message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         Layout(specs)
+
+
+def test_a_job_without_tensors_has_an_empty_arena() -> None:
+    layout = Layout([])
+    assert (layout.wire_bytes, layout.groups, layout.views(np.empty(0, np.uint8))) == (0, 0, {})
+    assert layout.part(1, 2).wire_bytes == 0

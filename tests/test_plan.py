@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from headwater import optim
 from headwater._consistency import PushEntry
 from headwater._messages import CommitSpec
-from headwater._plan import Plan, pack_absent
+from headwater._plan import Plan, pack_absent, scaled
 
 ADAM = optim.Adam()  # its rows tell steps apart
 #: One row of scalars per parameter group, each with a learning rate of its own.
@@ -129,7 +129,7 @@ def test_groups_have_scalars_of_their_own() -> None:
 @pytest.mark.parametrize(("maximize", "scale", "share"), [(False, 0.5, 0.5), (True, 1.0, -1.0), (True, 0.25, -0.25)])
 def test_scale_and_sign_go_into_the_shares(maximize: bool, scale: float, share: float) -> None:
     optimizer = optim.Adam(maximize=maximize)
-    spec, _ = Plan.start([0]).next(optimizer, entries([[True]], [9.0]), scale)
+    spec = scaled(Plan.start([0]).next(optimizer, entries([[True]], [9.0]))[0], scale)
     [entry] = read(spec)
     assert entry is not None
     assert entry.shares == (share,)

@@ -246,6 +246,18 @@ def test_a_worker_killed_before_its_push_is_sealed_counts_on_no_server(
 
 
 @servers
+@pytest.mark.parametrize("transport", ["auto", "tcp"])
+def test_a_worker_killed_between_its_rows_and_its_seal_leaves_no_row(
+    machine: Machine, servers: int, transport: str
+) -> None:
+    output = machine.steps("6", "0:1:rows", "1:3:staged", "0:5:show", servers=servers, transport=transport)
+    killed(output)
+    assert output.wait_for(r"worker 0 has (.*)")[1] == "9 rows of -0.5 to -0.5"  # one of two workers had a gradient
+    assert output.finish() == 128 + signal.SIGKILL
+    assert "worker 0 ends at -5.0 -5.0" in output.lines
+
+
+@servers
 def test_a_worker_killed_after_its_push_is_sealed_counts(machine: Machine, servers: int) -> None:
     output = machine.steps("6", "1:3:sealed", servers=servers)
     assert output.wait_for(r"worker 0 made step 3 with (\d)")[1] == "2"

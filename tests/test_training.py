@@ -15,7 +15,9 @@ from jobs import Arrays, Job, assert_close, assert_equal_bits, read_all, start_j
 
 import headwater as hw
 from headwater import _kernels
+from headwater._dense import Shard
 from headwater._layout import BLOCK
+from headwater._messages import AnyMessage
 
 #: Every wire dtype that NumPy has, a scalar, odd sizes, tensors over several blocks: 12 blocks for up to 5 servers.
 SHAPES = {
@@ -196,6 +198,49 @@ def test_clipping_is_torchs_on_the_averaged_gradient(servers: int) -> None:
     with start_job(workers=2, servers=servers) as job:
         for found in job.run(work):
             assert_close(found, theirs, 1e-6)
+
+
+@pytest.mark.parametrize("servers", [1, 3])
+def test_clipping_measures_before_the_pass_or_in_it_with_the_same_result(
+    servers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    handle = Shard.handle
+
+    def note(shard: Shard, message: AnyMessage) -> AnyMessage:
+        asked.append(type(message).__name__)
+        return handle(shard, message)
+
+    monkeypatch.setattr(Shard, "handle", note)
+    rng = np.random.default_rng(0)
+    gradient, rates = rng.standard_normal(50_001).astype(np.float32), [3.0, 1e-3, 2e-3, 3.0, 5.0, 1e-3, 1.0]
+
+    def work(session: hw.Session) -> Arrays:
+        session.register({"w": np.zeros(50_001, np.float32)}, hw.optim.SGD(lr=1.0, clip_norm=1.5))
+        for rate in rates:
+            session.step({"w": gradient * np.float32(rate)})
+        return session.pull()
+
+    expected = torch.zeros(50_001, requires_grad=True)
+    for rate in rates:
+        expected.grad = torch.from_numpy(gradient * np.float32(rate))
+        torch.nn.utils.clip_grad_norm_([expected], 1.5)
+        expected.data -= expected.grad
+    with start_job(servers=servers) as job:
+        for found in job.run(work):
+            assert_close(found, {"w": expected.detach().numpy()}, 1e-6)
+    # The first commit is measured beforehand, and so is each that follows a clipped one; a surprise is applied twice.
+    steps = [kind for kind in asked if kind in ("Norms", "Prepare", "Flip")]
+    measured = [
+        ("Norms", "Prepare"),
+        ("Norms", "Prepare"),
+        ("Prepare",),
+        ("Prepare", "Norms", "Prepare"),
+        ("Norms", "Prepare"),
+    ]
+    measured += [("Norms", "Prepare"), ("Prepare", "Norms", "Prepare")]
+    if servers == 1:
+        assert steps == ["Flip", *(kind for step in measured for kind in (*step, "Flip"))]
 
 
 # N workers and one process.
@@ -425,6 +470,14 @@ def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
         session.load(tmp_path / "saved")
         register_ones(session)
         assert session.pull()["w"].tolist() == [-1.0] * 4
+
+
+def test_saving_names_the_tables_that_are_not_in_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with hw.connect() as session:
+        session.table("items", 2)
+        register_ones(session)
+        session.save(tmp_path / "saved")
+    assert caplog.messages == [f"{tmp_path}/saved will not hold the rows of table items: Table.export() saves them."]
 
 
 def test_figures_and_counts_stand_in_the_statistics() -> None:

@@ -212,6 +212,31 @@ def test_answers_to_pipelined_requests_all_arrive(pair: Pair) -> None:
     assert [pair.ours.receive().message for _ in range(50)] == [Pulled(sequence) for sequence in range(50)]
 
 
+def test_answer_may_begin_before_the_request_is_whole(pair: Pair) -> None:
+    """Each end has only one thread, and far more is on its way than the sockets can hold."""
+    there, back = Sink(LARGE), Sink(LARGE)
+    sizes: list[int] = []
+
+    def arrived(ready: int, size: int) -> None:
+        if not sizes:
+            pair.theirs.send_head(Pulled(1), size)
+        pair.theirs.send_more(memoryview(there.data)[sum(sizes) : ready])
+        sizes.append(ready - sum(sizes))
+
+    def answer() -> AnyMessage:
+        message = pair.theirs.receive(there, arrived=arrived).message
+        pair.theirs.send(Done())
+        return message
+
+    answering = Background(answer)
+    pair.ours.hold(Put("master"), memoryview(pattern(LARGE)[:LARGE]))
+    assert pair.ours.receive(back).message == Pulled(1)
+    assert pair.ours.receive().message == Done()
+    assert answering.result() == Put("master")
+    assert there.data == back.data == pattern(LARGE)[:LARGE]
+    assert sum(sizes) == LARGE
+
+
 def test_payload_that_nobody_expects_is_refused(pair: Pair) -> None:
     pair.ours.send(Done(), memoryview(b"abc"))
     with pytest.raises(ProtocolError, match=r"Expected Done without payload, got 3 bytes\."):
@@ -408,6 +433,22 @@ def test_reset_is_the_end(raw: tuple[SocketConnection, socket.socket]) -> None:
     peer.close()
     with pytest.raises(PeerLostError):
         connection.receive()
+
+
+def test_wait_has_a_limit_where_neither_way_moves(raw: tuple[SocketConnection, socket.socket]) -> None:
+    connection, peer = raw
+    connection.set_timeout(0.05)
+    connection.hold(Put("master"), memoryview(bytes(LARGE)))
+    with pytest.raises(WaitTimeoutError):
+        connection.receive()
+    rest = Background(
+        lambda: len(peer.recv(LARGE, socket.MSG_WAITALL))
+    )  # and what was not sent yet goes with the next wait
+    peer.sendall(frame(Done()))
+    connection.set_timeout(20.0)
+    assert connection.receive().message == Done()
+    connection.flush()
+    assert rest.result() == LARGE
 
 
 def test_death_while_sending_is_the_end(raw: tuple[SocketConnection, socket.socket]) -> None:

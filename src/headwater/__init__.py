@@ -21,23 +21,53 @@ if TYPE_CHECKING:
     from headwater import optim
     from headwater._consistency import Consistency, asp, bsp, ssp
     from headwater._data import Portion
+    from headwater._lookup import Changes, Table, hash_ids
+    from headwater._messages import TableStats
+    from headwater._rows import Constant, Normal, RowPolicy, Uniform
     from headwater._server import Server
     from headwater._session import Session
     from headwater._session import connect_session as connect
 
 __version__ = "0.1.0"
-__all__ = ["Consistency", "Portion", "Server", "Session", "asp", "bsp", "connect", "errors", "optim", "ssp"]
+__all__ = [
+    "Changes",
+    "Consistency",
+    "Constant",
+    "Normal",
+    "Portion",
+    "RowPolicy",
+    "Server",
+    "Session",
+    "Table",
+    "TableStats",
+    "Uniform",
+    "asp",
+    "bsp",
+    "connect",
+    "errors",
+    "hash_ids",
+    "optim",
+    "ssp",
+]
 
 #: Public name → where it lives: a module, or a module and the name there.
 _HOMES = {
+    "Changes": "_lookup:Changes",
     "Consistency": "_consistency:Consistency",
+    "Constant": "_rows:Constant",
+    "Normal": "_rows:Normal",
     "Portion": "_data:Portion",
+    "RowPolicy": "_rows:RowPolicy",
     "Server": "_server:Server",
     "Session": "_session:Session",
+    "Table": "_lookup:Table",
+    "TableStats": "_messages:TableStats",
+    "Uniform": "_rows:Uniform",
     "asp": "_consistency:asp",
     "bsp": "_consistency:bsp",
     "connect": "_session:connect_session",
     "errors": "_errors",
+    "hash_ids": "_lookup:hash_ids",
     "optim": "optim",
     "ssp": "_consistency:ssp",
     "torch": "torch",

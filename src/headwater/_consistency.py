@@ -160,6 +160,19 @@ class Policy:
         pushes = (entry,) if entry.weight > 0 else ()
         return [Commit(self.commit, pushes, ((entry.worker, entry.sequence),))], refused
 
+    def completed_by(self, entry: PushEntry) -> tuple[PushEntry, ...]:
+        """Return the pushes that the BSP commit would hold which `entry` completes; none where it would not, or be refused."""
+        member = self.members.get(entry.worker)
+        if self.consistency.kind != "bsp" or not self.started or member is None:
+            return ()
+        if member.pending is not None or entry.sequence <= member.sequence:
+            return ()
+        entries = [entry if m is member else m.pending for _, m in self._in_order()]
+        found = tuple([e for e in entries if e is not None])
+        if len(found) < len(entries) or self._disagreement(member, entry) is not None:
+            return ()
+        return tuple([e for e in found if e.weight > 0])
+
     def is_released(self, worker: int) -> bool:
         """Whether the worker may run its next step."""
         member = self.members.get(worker)
@@ -185,9 +198,7 @@ class Policy:
         if self.consistency.kind != "bsp" or not self.members or not self.started:
             return []
         entries = []
-        order = list(self.members.items())
-        if len(order) > 1:
-            order.sort(key=lambda item: (item[1].index, item[0]))
+        order = self._in_order()
         for _, member in order:
             if member.pending is None:
                 return []
@@ -200,6 +211,12 @@ class Policy:
                 del self.members[worker]
         pushes = tuple([e for e in entries if e.weight > 0])
         return [Commit(self.commit, pushes, tuple([(e.worker, e.sequence) for e in entries]))]
+
+    def _in_order(self) -> list[tuple[int, Member]]:
+        order = list(self.members.items())
+        if len(order) > 1:
+            order.sort(key=lambda item: (item[1].index, item[0]))
+        return order
 
     def _disagreement(self, member: Member, entry: PushEntry) -> DisagreementError | None:
         if entry.weight <= 0:

@@ -25,6 +25,7 @@ from headwater import _limits
 from headwater._consistency import Commit, Consistency, Policy, PushEntry, bsp
 from headwater._dense import Shard
 from headwater._errors import (
+    DisagreementError,
     HeadwaterError,
     InternalError,
     LayoutError,
@@ -40,14 +41,18 @@ from headwater._messages import (
     Assign,
     CommitSpec,
     Committed,
+    Declare,
+    Declared,
     Detach,
     Failed,
     Flip,
+    Gather,
     Held,
     Hello,
     Initialised,
     Normed,
     Norms,
+    OpenTable,
     Prepare,
     Prepared,
     Register,
@@ -59,7 +64,9 @@ from headwater._messages import (
     Welcome,
     WorkerStats,
 )
-from headwater._plan import Plan
+from headwater._plan import Plan, scaled
+from headwater._rows import TableSpec, spec_of
+from headwater._rows import difference as table_difference
 from headwater._transport import Connection, request
 from headwater.optim import AnyOptimizer
 
@@ -99,6 +106,7 @@ class Coordinator:
         self._layout: Layout | None = None
         self._optimizer: AnyOptimizer | None = None
         self._plan: Plan | None = None
+        self._tables: list[TableSpec] = []
         self._initialiser: int | None = None
         self._is_initialised = False
         self._queue: deque[Commit] = deque()
@@ -107,6 +115,7 @@ class Coordinator:
         self._failure: HeadwaterError | None = None
         self._checked: tuple[tuple[float, ...], ...] | None = None  # scalars found valid last
         self._refused = 0
+        self._was_clipped = True  # the last commit; a guess at the next one
         self._start_s = time.monotonic()
         self.state: dict[str, bytes] = {}
 
@@ -210,7 +219,7 @@ class Coordinator:
 
     def _detach(self, identity: int) -> None:
         """Let every server forget a worker whose pushes are all answered."""
-        if self._layout is None or self._failure is not None:
+        if (self._layout is None and not self._tables) or self._failure is not None:
             return
         try:
             while self._is_busy:
@@ -292,6 +301,42 @@ class Coordinator:
         self._changed.notify_all()
         return Registered(False, worker.clock, self._shard.side)
 
+    def declare(self, identity: int, wanted: Declare) -> Declared:
+        """Agree on a table. The first to declare it decides; a wish that is None is for what the table has."""
+        with self._changed:
+            self._require(identity)
+            if all(spec.name != wanted.name for spec in self._tables):
+                self._when_idle()  # nobody else speaks to the servers; and another may have declared it meanwhile
+            for number, spec in enumerate(self._tables):
+                if spec.name == wanted.name:
+                    differs = table_difference(spec, wanted)
+                    if differs:
+                        raise SettingError(
+                            f"Expected {differs} — table {spec.name!r} is declared already: give it the same settings, or leave "
+                            "them out."
+                        )
+                    return Declared(number, spec)
+            number, spec = len(self._tables), self._new_table(wanted)
+            for i, remote in enumerate(self._remotes):
+                request(remote, OpenTable(number, spec, i + 1, self._server_count))
+            self._shard.handle(OpenTable(number, spec, 0, self._server_count))
+            self._tables.append(spec)
+            return Declared(number, spec)
+
+    def _new_table(self, wanted: Declare) -> TableSpec:
+        if len(self._tables) >= _limits.TABLES:
+            raise SettingError(f"Expected at most {_limits.TABLES} tables, got one more.")
+        if wanted.dim is None:
+            raise SettingError(
+                f"Expected dim for a table that nobody has declared yet, got none — table {wanted.name!r}."
+            )
+        job = self._require_policy().consistency
+        if wanted.consistency not in (None, job) and wanted.consistency.kind != "asp":
+            raise SettingError(
+                f"Expected the job's consistency, {job}, or asp, got {wanted.consistency} — table {wanted.name!r}."
+            )
+        return spec_of(wanted, job, dim=wanted.dim)
+
     # Pushes and commits.
 
     def seal(self, identity: int, seal: Seal, tell: Tell) -> Committed:
@@ -300,9 +345,8 @@ class Coordinator:
             worker = self._require(identity)
             policy = self._require_policy()
             self._check_seal(identity, seal)
-            entry = PushEntry(identity, seal.sequence, seal.weight, seal.scalars, seal.absent)
             worker.refusal = None
-            commits, refusal = policy.push(entry)
+            commits, refusal = policy.push(_entry(identity, seal))
             worker.sealed = seal.sequence
             if refusal is not None:
                 self._refuse(worker, refusal)
@@ -315,6 +359,28 @@ class Coordinator:
             self._wait(is_closed, lambda: self._missing(identity), tell)
             refused = worker.refusal and Failed(type(worker.refusal).__name__, str(worker.refusal))
             return Committed(worker.commit, worker.clock, self._shard.side, worker.accepted, worker.staleness, refused)
+
+    def foresee(self, identity: int, seal: Seal) -> CommitSpec | None:
+        """Return the commit that a push which is still arriving is about to complete; None where that cannot be told. Changes nothing.
+
+        It is only a guess: whoever joins, leaves or loads before the push is whole makes it another commit.
+        """
+        with self._changed:
+            if self._server_count > 1 or self._is_busy or self._queue or self._is_held():
+                return None
+            if self._plan is None or getattr(self._optimizer, "clip_norm", None) is not None:
+                return None  # the norm is known only when the gradient is whole
+            try:
+                self._require(identity)
+                self._check_seal(identity, seal)
+            except HeadwaterError:
+                return None  # said when the push is whole
+            pushes = self._require_policy().completed_by(_entry(identity, seal))
+            if not pushes:
+                return None
+            assert self._optimizer is not None
+            spec, _ = self._plan.next(self._optimizer, pushes)
+            return spec if spec.rows else None
 
     def _missing(self, identity: int) -> list[str]:
         """Name those that hold a worker up."""
@@ -372,50 +438,69 @@ class Coordinator:
     def _execute(self, batch: Sequence[Commit]) -> dict[int, HeadwaterError]:
         """Apply commits on every server, without the pushes that turn out bad. Returns why, by identity.
 
-        Each retry leaves out at least one push, so this ends.
+        A gradient that is not expected to need clipping is measured in the pass that applies it, and where it does, applied again.
+        Each other retry leaves out at least one push, so this ends.
         """
         refusals: dict[int, HeadwaterError] = {}
+        limit: float | None = getattr(self._optimizer, "clip_norm", None)
         while True:
             pushes = [[p for p in commit.pushes if p.worker not in refusals] for commit in batch]
             specs, plan, kept = [], self._plan, list[int]()
             assert plan is not None
             assert self._optimizer is not None
+            is_measured = limit is not None and not self._was_clipped and len(batch) == 1
             for i in [i for i, p in enumerate(pushes) if p]:
                 spec, after = plan.next(self._optimizer, pushes[i])
                 if not spec.rows:  # none of them has any gradient: nothing changes
                     continue
-                scale = self._clip(spec)
-                if scale != 1.0:
-                    spec, after = plan.next(self._optimizer, pushes[i], scale)
+                if limit is not None and not is_measured:
+                    factor = _clip_factor(limit, self._ask(Norms(spec)))
+                    self._was_clipped = factor != 1.0
+                    spec = scaled(spec, factor)
                 specs.append(spec)
                 kept.append(i)
                 plan = after
             if specs:
-                answers = self._ask(Prepare(batch[0].number, tuple(specs)))
+                answers = self._ask(Prepare(batch[0].number, tuple(specs), is_measured))
                 bad = [a.bad for a in answers if isinstance(a, Prepared) and a.bad is not None]
                 if bad:
                     for commit, push, tensor, element in bad:
                         entry = pushes[kept[commit]][push]
                         refusals[entry.worker] = self._bad_push(entry, tensor, element)
                     continue
+                if limit is not None and is_measured and _clip_factor(limit, answers) != 1.0:
+                    self._was_clipped = True
+                    continue
+            if self._gather(batch, refusals):
+                continue
             self._ask(Flip(batch[-1].number, bool(specs)))
             self._plan = plan
             return refusals
 
-    def _clip(self, spec: CommitSpec) -> float:
-        """Return what the aggregated gradient is multiplied by so that its global norm is at most clip_norm."""
-        limit: float | None = getattr(self._optimizer, "clip_norm", None)
-        if limit is None:
-            return 1.0
-        sums = [np.frombuffer(a.sums) for a in self._ask(Norms(spec)) if isinstance(a, Normed)]
-        # fsum is exact before it rounds, so the norm does not depend on how many servers the blocks lie on.
-        total = math.fsum(np.concatenate(sums))
-        if not math.isfinite(total):
-            return 1.0  # a bad element: Prepare finds and names it
-        return min(1.0, limit / (math.sqrt(total) + 1e-6))
+    def _gather(self, batch: Sequence[Commit], refusals: dict[int, HeadwaterError]) -> bool:
+        """Let the rows that the batch's pushes have staged count with the flip to come. Returns whether that refuses one more."""
+        if not any(spec.is_staged for spec in self._tables):
+            return False
+        entries = {entry.worker: entry for commit in batch for entry in commit.pushes if entry.worker not in refusals}
+        total = sum(entry.weight for entry in entries.values())
+        pushes = [
+            (worker, sequence, entries[worker].weight / total if worker in entries else 0.0)
+            for commit in batch
+            for worker, sequence in commit.closes
+        ]
+        bad = {a.bad for a in self._ask(Gather(tuple(pushes))) if isinstance(a, Prepared) and a.bad is not None}
+        for _, push, tensor, element in bad:
+            worker = pushes[push][0]
+            refusals[worker] = self._bad_push(entries[worker], tensor, element)
+        return bool(bad)
 
     def _bad_push(self, entry: PushEntry, tensor: int, element: int) -> HeadwaterError:
         assert self._layout is not None
+        if tensor == -2:
+            return DisagreementError(
+                f"Expected the same learning rate and other scalars from every worker for table {self._tables[element].name!r}, "
+                f"got others from {self._workers[entry.worker]}: give all workers the same schedule, or declare it with hw.asp()."
+            )
         if tensor < 0:
             return ProtocolError(
                 f"Expected push {entry.sequence} to lie whole on every server before its seal, got none."
@@ -472,7 +557,8 @@ class Coordinator:
             self._holder = (identity, time.monotonic() + _limits.HOLD_S)
             specs: tuple[TensorSpec, ...] = self._layout.specs if self._layout else ()
             steps = self._plan.steps() if self._plan else ()
-            return Held(self._shard.commit, steps, specs, self._optimizer)
+            tables = tuple(spec.name for spec in self._tables)
+            return Held(self._shard.commit, steps, specs, self._optimizer, tables)
 
     def resume(self, identity: int) -> None:
         """Let commits go on."""
@@ -590,3 +676,17 @@ class Coordinator:
         if self._policy is None:
             raise ProtocolError("Expected a worker to say Hello first.")
         return self._policy
+
+
+def _clip_factor(limit: float, answers: Sequence[AnyMessage]) -> float:
+    """Return what a gradient with these sums of squares is multiplied by so that its global norm is at most `limit`."""
+    sums = [np.frombuffer(a.sums) for a in answers if isinstance(a, (Normed, Prepared))]
+    # fsum is exact before it rounds, so the norm does not depend on how many servers the blocks lie on.
+    total = math.fsum(np.concatenate(sums))
+    if not math.isfinite(total):
+        return 1.0  # a bad element: Prepare finds and names it
+    return min(1.0, limit / (math.sqrt(total) + 1e-6))
+
+
+def _entry(identity: int, seal: Seal) -> PushEntry:
+    return PushEntry(identity, seal.sequence, seal.weight, seal.scalars, seal.absent)

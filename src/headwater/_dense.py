@@ -20,7 +20,7 @@ import numpy as np
 from headwater import _kernels
 from headwater._consistency import Consistency
 from headwater._errors import InternalError, LayoutError, ProtocolError
-from headwater._layout import Layout, Part, Slice, runs, tensor_at
+from headwater._layout import BLOCK, Layout, Part, Slice, runs, tensor_at
 from headwater._memory import SharedBuffer, zeroed
 from headwater._messages import (
     AnyMessage,
@@ -34,7 +34,11 @@ from headwater._messages import (
     Prepare,
     Prepared,
 )
+from headwater._table import Tables
 from headwater.optim import AnyOptimizer
+
+#: (runs, scalars, contributions, coefficients) as `_kernels.apply` takes them.
+_KernelCommit = tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray]
 
 
 class _Worker:
@@ -75,24 +79,43 @@ class _Side:
         return [planes[name] for name in names]
 
 
+class Foreseen:
+    """A commit that is applied while the last of its pushes still arrives; made by `Shard.foresee`.
+
+    Like any prepared commit it lies beside the state. It counts if it is the commit that is then made; else nothing has happened.
+    """
+
+    def __init__(self, spec: CommitSpec) -> None:
+        self.spec = spec
+        self.done = 0  # bytes of the part that are applied
+        self.is_whole = self.has_counted = False
+
+
 class Shard:
     """The dense state of one server. It can be shared between threads; `lock` guards the sides."""
 
     def __init__(self, *, threads: int = 1, level: str = "auto") -> None:
         self.threads, self.level = threads, level
+        self.tables = Tables(threads=threads, level=level)
         self.lock = threading.Lock()
         self.commit = 0
         self.side = 0
         self.layout: Layout | None = None
         self._workers: dict[int, _Worker] = {}
         self._prepared = False
-        self._tables: dict[tuple[int, bytes, bytes], tuple[np.ndarray, np.ndarray]] = {}  # runs and coefficients
+        self._foreseen: Foreseen | None = None  # any request that changes what it rests on drops it
+        self._runs: dict[tuple[int, bytes], np.ndarray] = {}  # by slice and cells
 
     # What the coordinator says.
 
     def handle(self, request: AnyMessage) -> AnyMessage:
         """Carry out a request of the coordinator and return the answer."""
         with self.lock:
+            answer = self.tables.handle(request)
+            if answer is not None:
+                return answer
+            if not isinstance(request, (Prepare, Norms)):
+                self._foreseen = None
             match request:
                 case Prepare():
                     return self._prepare(request)
@@ -114,26 +137,44 @@ class Shard:
         self.consistency: Consistency = request.consistency
         self._sides = [_Side(self.part, self.optimizer) for _ in range(2)]
         self._planes = [[side.kernel_planes(i, s) for i, s in enumerate(self.part.slices)] for side in self._sides]
-        self._tables.clear()
+        self._runs.clear()
         return Done()
 
     def _prepare(self, request: Prepare) -> Prepared:
+        foreseen, self._foreseen = self._foreseen, None
         self._prepared = False
-        source, target = self._planes[self.side], self._planes[1 - self.side]
         for number, spec in enumerate(request.commits):
             missing = self._missing_push(spec)
             if missing is not None:
                 return Prepared((number, missing, -1, -1))
+        if foreseen is not None and foreseen.is_whole and request.commits == (foreseen.spec,):
+            self._prepared = foreseen.has_counted = True
+            return Prepared()
+        sums = []
         for i, s in enumerate(self.part.slices):
             commits = [self._kernel_commit(spec, i, s) for spec in request.commits]
-            bad = _kernels.apply(
-                self.optimizer.kind, self.optimizer.flags, s.lane.dtype, source[i], target[i], commits,
-                threads=self.threads, level=self.level,
-            )  # fmt: skip
+            if request.norms:
+                sums.append(np.empty(_blocks_before(s, s.byte + s.wire_bytes)))
+            bad = self._apply(i, commits, sums=sums[-1] if request.norms else None)
             if bad is not None:
                 return Prepared(self._locate(bad, s))
         self._prepared = True
-        return Prepared()
+        return Prepared(sums=b"".join(array.tobytes() for array in sums))
+
+    def _apply(
+        self,
+        i: int,
+        commits: Sequence[_KernelCommit],
+        blocks: tuple[int, int] | None = None,
+        sums: np.ndarray | None = None,
+    ) -> tuple[int, int, int] | None:
+        """Apply commits to slice i, or to some of its blocks, beside the state; returns what `_kernels.apply` does."""
+        s = self.part.slices[i]
+        source, target = self._planes[self.side][i], self._planes[1 - self.side][i]
+        return _kernels.apply(
+            self.optimizer.kind, self.optimizer.flags, s.lane.dtype, source, target, commits,
+            threads=self.threads, level=self.level, blocks=blocks, sums=sums,
+        )  # fmt: skip
 
     def _norms(self, request: Norms) -> Normed:
         if self._missing_push(request.commit) is not None:
@@ -166,20 +207,16 @@ class Shard:
                     return i
         return None
 
-    def _kernel_commit(
-        self, spec: CommitSpec, i: int, s: Slice
-    ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray]:
-        """Return (runs, scalars, contributions, coefficients) as `_kernels.apply` takes them."""
-        key = (i, spec.cells, spec.coefficients)
-        found = self._tables.get(key)
-        if found is None:
-            if len(self._tables) > 256:
-                self._tables.clear()
-            table = runs(s, np.frombuffer(spec.cells, np.int32))
-            shares = np.frombuffer(spec.coefficients).reshape(-1, len(spec.pushes))
-            found = self._tables[key] = (table, np.ascontiguousarray(shares[table[:, 2]]))
+    def _kernel_commit(self, spec: CommitSpec, i: int, s: Slice) -> _KernelCommit:
+        key = (i, spec.cells)
+        table = self._runs.get(key)
+        if table is None:
+            if len(self._runs) > 256:
+                self._runs.clear()
+            table = self._runs[key] = runs(s, np.frombuffer(spec.cells, np.int32))
+        shares = np.frombuffer(spec.coefficients).reshape(-1, len(spec.pushes))
         contributions = [self._workers[identity].contributions[i] for identity, _ in spec.pushes]
-        return found[0], np.array(spec.rows, ndmin=2), contributions, found[1]
+        return table, np.array(spec.rows, ndmin=2), contributions, shares[table[:, 2]]
 
     def _locate(self, bad: tuple[int, int, int], s: Slice) -> tuple[int, int, int, int]:
         commit, push, element = bad
@@ -221,6 +258,28 @@ class Shard:
             )
         worker.sequence = sequence
 
+    def foresee(self, spec: CommitSpec) -> Foreseen:
+        """Begin to apply a commit whose last push has just begun to arrive in its worker's inbox."""
+        with self.lock:
+            self._foreseen = Foreseen(spec)
+            return self._foreseen
+
+    def advance(self, foreseen: Foreseen, ready: int) -> memoryview:
+        """Apply as much as can be, `ready` bytes of the push having come; returns the parameters that are new since the last call.
+
+        Where it turns out to be another commit they are bytes without meaning, but as many.
+        """
+        with self.lock:
+            done, foreseen.done = foreseen.done, _block_end(self.part, ready)
+            for i, s in enumerate(self.part.slices):
+                blocks = _blocks_before(s, done), _blocks_before(s, foreseen.done)
+                if self._foreseen is foreseen and blocks[0] < blocks[1]:
+                    bad = self._apply(i, [self._kernel_commit(foreseen.spec, i, s)], blocks)
+                    if bad is not None:
+                        self._foreseen = None  # found again, with its place, when the push is whole
+            foreseen.is_whole = foreseen.done == self.part.wire_bytes
+            return memoryview(self._sides[1 - self.side].wire.array[done : foreseen.done])
+
     def pull_own(self, identity: int) -> int:
         """Copy the parameters into the worker's shared buffer; returns the commit they are of."""
         worker = self._worker(identity)
@@ -247,6 +306,7 @@ class Shard:
     def write(self, plane: str, data: np.ndarray) -> None:
         """Replace a plane, `data` being what `read` returns; the parameters and their master copy change together."""
         with self.lock:
+            self._foreseen = None
             pieces = [piece.view(np.uint8) for piece in self._pieces(plane)]
             if data.nbytes != sum(piece.nbytes for piece in pieces):
                 raise LayoutError(f"Expected {sum(p.nbytes for p in pieces)} bytes of {plane}, got {data.nbytes}.")
@@ -287,3 +347,16 @@ class Shard:
     def _require_layout(self) -> None:
         if self.layout is None:
             raise ProtocolError("Expected parameters to be registered first, got a request for their state.")
+
+
+def _block_end(part: Part, byte: int) -> int:
+    """Return the end of the last whole block, or of a gap between lanes, that `byte` of the part has reached."""
+    for s in part.slices:
+        if s.byte <= byte < s.byte + s.wire_bytes:
+            return byte - (byte - s.byte) % (BLOCK * s.lane.item_bytes)
+    return byte
+
+
+def _blocks_before(s: Slice, end: int) -> int:
+    """Return how many of a slice's blocks lie before this block's end."""
+    return -(-min(max(end - s.byte, 0), s.wire_bytes) // (BLOCK * s.lane.item_bytes))

@@ -34,15 +34,19 @@ def apply(
     *,
     threads: int,
     level: str,
+    blocks: tuple[int, int] | None = None,
+    sums: Buffer | None = None,
 ) -> tuple[int, int, int] | None:
     """Apply commits in order, in one pass over memory: the state in `source` before them, in `target` after them.
 
     source, target: planes [wire copy (only bfloat16 and float16), master, slots...], none of the targets overlapping another
         buffer. The gradient of a run is Σ coefficient·contribution in the master dtype, from the left to the right.
-    level: one of simd_levels(), or "auto" for the best.
+    level: one of simd_levels(), or "auto" for the best. blocks: [first, limit), the only blocks to read and write; None: all.
+    sums: float64, one per block: gets what `square_sums` returns for the only commit, at hardly any cost beside the pass.
 
     Returns None; or, when a contribution that counts holds NaN or infinity, the lowest (commit, contribution, element):
-    then `target` is garbage. `source` is never written. Raises ValueError for arguments that do not fit; nothing is written.
+    then `target` is garbage; with `blocks` it may be an element of another block. `source` is never written. Raises ValueError for
+    arguments that do not fit; nothing is written.
     """
 
 def square_sums(

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -147,7 +148,8 @@ class LocalJob:
                 running -= 1
                 continue
             has_begun = kind == "worker" and self._has_begun(i)
-            server = self._find_ended_server(SETTLE_S if has_begun is None else SETTLE_S / 10)
+            is_servers_end = kind == "server" or has_begun is None
+            server = self._find_ended_server(SETTLE_S if is_servers_end else SETTLE_S / 10)
             if server is not None:  # which explains the worker's end, too
                 _say(f"server {server} ended {_describe(self.servers[server].returncode)}; the job cannot go on.")
                 return status or 1
@@ -159,12 +161,16 @@ class LocalJob:
         return status
 
     def _find_ended_server(self, patience_s: float) -> int | None:
-        """Return a server that has ended, or does so in the next moments."""
-        for i, server in enumerate(self.servers):
+        """Return a server that has ended, or does so in the next moments; the one that did not end well, for the others follow it."""
+        deadline = time.monotonic() + patience_s
+        ended: int | None = None
+        # Those that are known to have failed come first: nobody waits for the others then.
+        for i, server in sorted(enumerate(self.servers), key=lambda pair: not pair[1].returncode):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                server.wait(patience_s / len(self.servers))
-                return i
-        return None
+                if server.wait(max(deadline - time.monotonic(), 0.0)):
+                    return i
+                ended = i
+        return ended
 
     def _has_begun(self, i: int) -> bool | None:
         """Whether a worker has pushed, whatever the others have done without it in the meantime; None: no server says."""

@@ -94,16 +94,15 @@ class Slice(NamedTuple):
 
 
 class Layout:
-    """The arena of a job. Immutable. Raises LayoutError for specs that make no sense."""
+    """The arena of a job, empty where it has tables only. Immutable. Raises LayoutError for specs that make no sense."""
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
         _check(specs)
         self.specs = tuple(specs)
         self.index = {spec.name: i for i, spec in enumerate(self.specs)}
-        self.groups = 1 + max(spec.group for spec in self.specs)
+        self.groups = 1 + max((spec.group for spec in self.specs), default=-1)
         self.lanes = tuple(_lanes(self.specs))
-        last = self.lanes[-1]
-        self.wire_bytes = last.start_byte + last.elements * last.item_bytes
+        self.wire_bytes = max((lane.start_byte + lane.elements * lane.item_bytes for lane in self.lanes), default=0)
         self.parameters = sum(spec.size for spec in self.specs)
 
     @cached_property
@@ -226,8 +225,6 @@ def _lanes(specs: Sequence[TensorSpec]) -> Iterator[Lane]:
 
 
 def _check(specs: Sequence[TensorSpec]) -> None:
-    if not specs:
-        raise LayoutError("Expected at least one tensor to register, got none: does any parameter require a gradient?")
     seen: set[str] = set()
     for spec in specs:
         if spec.name in seen:

@@ -13,7 +13,8 @@ import msgspec
 from headwater._consistency import Consistency
 from headwater._errors import BY_NAME, HeadwaterError, InternalError, ProtocolError
 from headwater._layout import TensorSpec
-from headwater.optim import AnyOptimizer
+from headwater._rows import AnyInitial, RowPolicy, TableSpec
+from headwater.optim import AnyOptimizer, RowOptimizer
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -146,7 +147,10 @@ class Pull(Message, frozen=True, tag=True):
 
 
 class Pulled(Message, frozen=True, tag=True):
-    """Payload: the plane, as it was after `commit`."""
+    """Payload: the plane, as it was after `commit`.
+
+    Unasked before a Committed: the parameters as that commit is about to leave them, while its push is still arriving.
+    """
 
     commit: int
 
@@ -164,7 +168,8 @@ class Seal(Message, frozen=True, tag=True):
     """To the coordinator: push number `sequence` is whole on every server; let it count. Answer: Committed.
 
     With one server, whose connection this is, the push and the pull ride along. `pushes`: this is the Push too, with its payload.
-    `pull`: "own" or "sent" as of Pull, done before the answer, which carries the payload.
+    `pull`: "own" or "sent" as of Pull, done before the answer, which carries the payload. Whoever wants it "sent" must read while
+    it sends: where this push completes a commit, Pulled comes before the push is whole, and a Committed without payload confirms it.
     """
 
     sequence: int
@@ -200,12 +205,17 @@ class Prepare(Message, frozen=True, tag=True):
 
     first: int  # number of the first commit
     commits: tuple[CommitSpec, ...]
+    norms: bool = False  # also answer the sums of squares of the only commit's gradient
 
 
 class Prepared(Message, frozen=True, tag=True):
-    """`bad`: (commit, push, tensor, element) of the first non-finite gradient element; tensor -1: the push is not here."""
+    """`bad`: (commit, push, tensor, element) of the first non-finite gradient element.
+
+    tensor -1: the push is not here; -2: its scalars for table number `element` differ from those of a push before it.
+    """
 
     bad: tuple[int, int, int, int] | None = None
+    sums: bytes = b""  # float64, one per block, as of Normed
 
 
 class Norms(Message, frozen=True, tag=True):
@@ -248,6 +258,7 @@ class Held(Message, frozen=True, tag=True):
     steps: tuple[int, ...]
     tensors: tuple[TensorSpec, ...]
     optimizer: AnyOptimizer | None
+    tables: tuple[str, ...] = ()
 
 
 class Resume(Message, frozen=True, tag=True):
@@ -309,10 +320,172 @@ class Stats(Message, frozen=True, tag=True):
     workers: tuple[WorkerStats, ...]
 
 
+class Declare(Message, frozen=True, tag=True):
+    """To the coordinator: a table with these settings; None: as the table has it. The first one decides, the others must agree."""
+
+    name: str
+    dim: int | None = None
+    optimizer: RowOptimizer | None = None
+    initial: AnyInitial | None = None
+    seed: int | None = None
+    policy: RowPolicy | None = None
+    consistency: Consistency | None = None
+
+
+class Declared(Message, frozen=True, tag=True):
+    """The table's number, and its settings."""
+
+    table: int
+    spec: TableSpec
+
+
+class OpenTable(Message, frozen=True, tag=True):
+    """Coordinator to server: make this table; yours are the buckets of server `index` of `count`."""
+
+    table: int
+    spec: TableSpec
+    index: int
+    count: int
+
+
+class Room(Message, frozen=True, tag=True):
+    """On a worker's connection for tables: make room of this size for a batch, in place of what this room was before.
+
+    Room 0 is for what is under way, the others for batches that are asked for ahead of their use. `share`: in memory that is
+    shared, whose descriptor comes with the answer, Attached. Else batches travel as payloads.
+    """
+
+    room: int
+    size: int
+    share: bool
+
+
+class PullRows(Message, frozen=True, tag=True):
+    """The rows of the ids that lie in this room, or come as the payload; `touch`: it counts as use. Answer: PulledRows."""
+
+    table: int
+    room: int
+    count: int
+    touch: bool
+
+
+class PulledRows(Message, frozen=True, tag=True):
+    """The rows lie in the room, or are the payload."""
+
+
+class WarmRows(Message, frozen=True, tag=True):
+    """Bring these rows into memory, where they are on disk. Ids as with PullRows. Answer: Done, at once."""
+
+    table: int
+    room: int
+    count: int
+
+
+class PushRows(Message, frozen=True, tag=True):
+    """The batch in room 0, or the payload: distinct ids and their gradients. Answer: Done.
+
+    `sequence` rises with this worker's pushes to this table. `step`: the push of the dense parameters to whose commit it belongs,
+    where the table's pushes are staged.
+    """
+
+    table: int
+    sequence: int
+    step: int
+    count: int
+    scalars: tuple[float, ...]
+
+
+class Gather(Message, frozen=True, tag=True):
+    """Coordinator to server: what these steps have staged counts in the commit that is flipped next. Answer: Prepared.
+
+    (identity, step, share in the mean); share 0: it counts nowhere.
+    """
+
+    pushes: tuple[tuple[int, int, float], ...]
+
+
+class Track(Message, frozen=True, tag=True):
+    """Begin a delta stream of a table by this name, or end it."""
+
+    table: int
+    consumer: str
+    begin: bool
+
+
+class ChangesGet(Message, frozen=True, tag=True):
+    """What has changed since this consumer last asked, at most about `limit` rows. Answer: Changed."""
+
+    table: int
+    consumer: str
+    limit: int
+
+
+class Changed(Message, frozen=True, tag=True):
+    """Payload: `changes` as in `_rows`. `restart`: drop everything first. `more`: ask again."""
+
+    written: int
+    deleted: int
+    restart: bool
+    more: bool
+
+
+class PageGet(Message, frozen=True, tag=True):
+    """Rows of a table from `cursor` on, first 0. Answer: Page."""
+
+    table: int
+    cursor: int
+    limit: int
+
+
+class Page(Message, frozen=True, tag=True):
+    """Payload: a `page` as in `_rows`. `cursor`: of the next one, -1: this was the last. `step`: the table's step number."""
+
+    count: int
+    cursor: int
+    step: int
+
+
+class PagePut(Message, frozen=True, tag=True):
+    """Write rows. Payload: a `page`. The table's step number becomes `step` where it is below. Answer: Done."""
+
+    table: int
+    count: int
+    step: int
+
+
+class TableStatsGet(Message, frozen=True, tag=True):
+    """Answer: TableStats."""
+
+    table: int
+
+
+class TableStats(Message, frozen=True, tag=True):
+    """A table at a glance, over all servers. Sizes now; and since the beginning, counts of what happened."""
+
+    rows: int  # in memory; a row that has expired counts until it is swept away
+    spilled_rows: int  # on disk
+    bytes: int  # of memory: rows, index, counters, growth
+    budget_bytes: int  # 0: none
+    spilled_bytes: int
+    rows_max: int  # in memory within the budget; 0: no budget
+    step: int
+    admitted: int
+    refused: int  # sightings that got no row yet
+    evicted: int
+    expired: int
+    deleted: int
+    spilled: int
+    loaded: int
+    hits: int  # ids pulled that had a row
+    misses: int
+
+
 AnyMessage = (
     Hello | Here | Welcome | Failed | Done | Waiting | Beat | Register | Registered | Initialised | Assign | Attach
     | Attached | Detach | Put | Pull | Pulled | Push | Seal | Committed | Prepare | Prepared | Norms | Normed
     | Flip | Enroll | Leave | Hold | Held | Resume | StateGet | State | StateSet | Report | StatsGet | Stats
+    | Declare | Declared | OpenTable | Room | PullRows | PulledRows | WarmRows | PushRows | Gather | Track | ChangesGet
+    | Changed | PageGet | Page | PagePut | TableStatsGet | TableStats
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

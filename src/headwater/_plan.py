@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from headwater._consistency import PushEntry
@@ -41,11 +42,11 @@ class Plan(NamedTuple):
         """Steps made, one per tensor."""
         return tuple(self.cohorts[c][1] for c in self.cohort_of)
 
-    def next(self, optimizer: AnyOptimizer, pushes: Sequence[PushEntry], scale: float = 1.0) -> tuple[CommitSpec, Plan]:
-        """Return the commit of these pushes (one or more), its gradient multiplied by `scale`, and the plan after it."""
+    def next(self, optimizer: AnyOptimizer, pushes: Sequence[PushEntry]) -> tuple[CommitSpec, Plan]:
+        """Return the commit of these pushes (one or more), and the plan after it."""
         names = tuple([(p.worker, p.sequence) for p in pushes])
         weights = tuple([p.weight for p in pushes])
-        sign = -scale if getattr(optimizer, "maximize", False) else scale
+        sign = -1.0 if getattr(optimizer, "maximize", False) else 1.0
         if any(p.absent for p in pushes):
             present = np.array([~_absent(p, len(self.cohort_of)) for p in pushes])
             plan, cells, cell_cohorts, held = self._split(present)
@@ -82,6 +83,11 @@ class Plan(NamedTuple):
         held = np.array([np.frombuffer(pattern, bool) for _, pattern in seen]).reshape(len(seen), len(present))
         plan = Plan(cohort_of, cohort_of.tobytes(), tuple(cohorts))
         return plan, cells.tobytes(), [cohort for cohort, _ in seen], held
+
+
+def scaled(spec: CommitSpec, factor: float) -> CommitSpec:
+    """Return the same commit with its gradient multiplied by a factor."""
+    return msgspec.structs.replace(spec, coefficients=(np.frombuffer(spec.coefficients) * factor).tobytes())
 
 
 @lru_cache(maxsize=64)

@@ -23,7 +23,7 @@ import numpy as np
 from headwater import _limits
 from headwater._consistency import Consistency
 from headwater._coordinator import Coordinator
-from headwater._dense import Shard
+from headwater._dense import Foreseen, Shard
 from headwater._errors import (
     AuthenticationError,
     HeadwaterError,
@@ -38,6 +38,7 @@ from headwater._messages import (
     Attach,
     Attached,
     Beat,
+    Declare,
     Done,
     Enroll,
     Failed,
@@ -73,7 +74,7 @@ from headwater._transport import (
     request,
 )
 
-ROLES = ("worker", "data", "beat", "observer", "server", "coordinator")
+ROLES = ("worker", "data", "table", "beat", "observer", "server", "coordinator")
 
 
 #: Folders of sockets are named by this, the process id and something random.
@@ -276,6 +277,9 @@ class _Handler:
         self._is_member = self._is_enrolled = False
         self._incoming: np.ndarray | None = None  # a plane that a Put brings
         self._carried = False  # whether a payload came with the push
+        self._desk = server.shard.tables.desk(hello.identity) if hello.role == "table" else None
+        self._foreseen: Foreseen | None = None  # the commit that the arriving push completes
+        self._streamed = 0  # bytes of its parameters that were sent
 
     def welcome(self) -> None:
         """Take the peer in, or raise."""
@@ -284,7 +288,7 @@ class _Handler:
             answer = self._job().hello(self._hello, self._connection, self._connection.send)
         elif self.role == "beat":
             self._job().beat(self._identity, self._connection)
-        elif self.role == "data":
+        elif self.role in ("data", "table"):
             answer = Here(self._server.address)
         elif self.role == "coordinator" and self._coordinator is not None:
             raise ProtocolError("Expected the coordinator at the job's further servers, got it at its own.")
@@ -294,7 +298,7 @@ class _Handler:
     def handle(self) -> bool:
         """Carry out one request. Returns whether more may come. Errors of the caller are answered, not raised."""
         try:
-            message = self._connection.receive(self._sink).message
+            message = self._connection.receive(self._sink, arrived=self._arrived).message
         except WaitTimeoutError:
             # Only a beat is waited for with a limit. A beat connection that ends says nothing: the worker's own one ends too,
             # after what was sealed on it has been read.
@@ -309,6 +313,9 @@ class _Handler:
             return True
 
     def _dispatch(self, message: AnyMessage) -> bool:
+        if self._desk is not None:
+            self._connection.send(*self._desk.handle(message, can_share=self._connection.can_share))
+            return True
         match message:
             case Push():
                 self._note_push(message.sequence)
@@ -330,6 +337,8 @@ class _Handler:
                 self._connection.send(Attached(len(fds)), fds=fds)
             case Register():
                 self._answer(self._job().register(self._identity, message, self._connection.send))
+            case Declare():
+                self._answer(self._job().declare(self._identity, message))
             case Initialised():
                 self._answer(self._job().initialised(self._identity, message))
             case Leave():
@@ -362,10 +371,17 @@ class _Handler:
 
     def _sink(self, message: AnyMessage, size: int) -> memoryview:
         """Say where a payload goes."""
+        if self._desk is not None:
+            return self._desk.sink(message, size)
         is_worker = self.role in ("worker", "data")
         if isinstance(message, (Seal, Push)) and is_worker:
+            inbox = self._shard.inbox(self._identity, size)
             self._carried = True
-            return self._shard.inbox(self._identity, size)
+            if isinstance(message, Seal) and message.pull == "sent" and size > _limits.PIECE_BYTES:
+                spec = self._job().foresee(self._identity, message)
+                self._foreseen = None if spec is None else self._shard.foresee(spec)
+                self._streamed = 0
+            return inbox
         if isinstance(message, Put) and is_worker:
             expected = self._shard.plane_bytes(message.plane)
             if size == expected:
@@ -373,6 +389,18 @@ class _Handler:
                 return memoryview(self._incoming)
             raise ProtocolError(f"Expected {expected} bytes of {message.plane}, got {size}.")
         raise ProtocolError(f"Expected {type(message).__name__} without payload, got {size} bytes.")
+
+    def _arrived(self, ready: int, size: int) -> None:
+        """So much of a payload has come. Where it is the last push of a commit, what came is applied and goes back at once."""
+        if self._foreseen is None or (ready < size and ready - self._streamed < _limits.PIECE_BYTES):
+            return
+        piece = self._shard.advance(self._foreseen, ready)
+        if not piece.nbytes:
+            return
+        if self._streamed == 0:
+            self._connection.send_head(Pulled(self._shard.commit + 1), size)
+        self._connection.send_more(piece)
+        self._streamed += piece.nbytes
 
     def _note_push(self, sequence: int) -> None:
         carried, self._carried = self._carried, False
@@ -382,6 +410,10 @@ class _Handler:
         if seal.pushes or self._carried:
             self._note_push(seal.sequence)
         committed = self._job().seal(self._identity, seal, self._connection.send)
+        foreseen, self._foreseen = self._foreseen, None
+        if foreseen is not None and foreseen.has_counted:
+            self._connection.send(committed)  # the parameters have gone before
+            return
         if seal.pull == "sent":
             self._connection.send(committed, self._shard.pull_sent(self._identity)[1])
             return
@@ -422,6 +454,8 @@ class _Handler:
 
     def close(self) -> None:
         """The connection has ended: the death of what was behind it."""
+        if self._desk is not None:
+            self._shard.tables.leave(self._desk)
         if self._coordinator is None or not self._is_member:
             return
         if self.role == "worker":

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 import weakref
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,6 +28,7 @@ from headwater._errors import (
     WaitTimeoutError,
 )
 from headwater._layout import Layout, Part, TensorSpec
+from headwater._lookup import Table, Tables
 from headwater._memory import stack_buffers, zeroed
 from headwater._messages import (
     AnyMessage,
@@ -35,6 +36,8 @@ from headwater._messages import (
     Attached,
     Beat,
     Committed,
+    Declare,
+    Declared,
     Done,
     Failed,
     Held,
@@ -62,9 +65,11 @@ from headwater._messages import (
     encode,
 )
 from headwater._plan import pack_absent
+from headwater._rows import AnyInitial, RowPolicy, spec_of
+from headwater._table_link import Link
 from headwater._transport import Address, Connection, connect, host_name, request
 from headwater._wire import pack_header
-from headwater.optim import SGD, AnyOptimizer
+from headwater.optim import SGD, AnyOptimizer, RowOptimizer
 
 if TYPE_CHECKING:
     from headwater._checkpoint import Checkpoint
@@ -135,6 +140,7 @@ class Session:
         self._heartbeat: _kernels.Heartbeat | None = None
         self._data: dict[int, tuple[Connection, bool]] = {}  # by server
         self._links: list[_Link] = []
+        self._tables: Tables | None = None
         self._layout: Layout | None = None
         self._optimizer: AnyOptimizer | None = None
         self._saved: Checkpoint | None = None
@@ -202,6 +208,11 @@ class Session:
         self._require_open()
         if self._layout is not None:
             raise UsageError("Expected one registration per session, got another: give one optimizer all parameters.")
+        if not specs and self._tables is None:
+            raise LayoutError(
+                "Expected at least one tensor to register, got none: does any parameter require a gradient? A job of tables "
+                "alone declares them first."
+            )
         optimizer.check_dense()
         layout = Layout(specs)
         answer = self._ask(Register(layout.specs, optimizer), Registered)
@@ -231,7 +242,7 @@ class Session:
             self._links.append(_Link(connection, part, shares=shares))
             fds.append(passed)
         sizes = [link.part.wire_bytes for link in self._links]
-        if not self._links[0].shares:
+        if not self._links or not self._links[0].shares:
             self._arenas = [zeroed(self._layout.wire_bytes) for _ in range(2)]
         else:
             gradient, *sides = zip(*fds, strict=True)
@@ -253,13 +264,16 @@ class Session:
             self._data[i] = self._open_data(i)
         return self._data[i]
 
-    def _open_data(self, i: int) -> tuple[Connection, bool]:
+    def _open_data(self, i: int, role: str = "data") -> tuple[Connection, bool]:
+        """Connect to server i; role "data" takes the control connection where that does."""
         local = all(a.host == host_name() and a.unix for a in self._addresses)
         shares = self._control.can_share if self._server is not None else local and self._transport != "tcp"
         if self._transport == "shm" and not shares:
             raise SettingError("Expected servers on this machine and of this user for transport='shm': leave it out.")
-        if i == 0 and self._control.can_share == shares:
+        if i == 0 and self._control.can_share == shares and role == "data":
             return self._control, shares
+        if self._server is not None:
+            return self._greeted(self._server.connect_memory(), role), shares
         address = self._addresses[i].unix if shares else self._addresses[i].tcp
         if not address:
             raise SettingError(
@@ -268,10 +282,12 @@ class Session:
         target = Address.parse(address)
         if i == 0 and self._control_address is not None and target.kind == "tcp" == self._control_address.kind:
             target = self._control_address
-        connection = connect(target)
+        return self._greeted(connect(target), role), shares
+
+    def _greeted(self, connection: Connection, role: str) -> Connection:
         connection.set_timeout(_limits.SILENCE_S)
-        request(connection, Hello(self._token, "data", self._identity))
-        return connection, shares
+        request(connection, Hello(self._token, role, self._identity))
+        return connection
 
     def _initialise(self, values: Mapping[str, np.ndarray]) -> Registered:
         """Put this worker's values, or the loaded ones, on every server."""
@@ -288,6 +304,49 @@ class Session:
         for link in self._links:
             request(link.connection, Put("parameters"), payload=memoryview(arena[link.byte]))
         return self._ask(Initialised(), Registered)
+
+    # Tables.
+
+    def table(
+        self,
+        name: str,
+        dim: int | None = None,
+        *,
+        optimizer: RowOptimizer | None = None,
+        initial: AnyInitial | None = None,
+        seed: int | None = None,
+        policy: RowPolicy | None = None,
+        consistency: Consistency | None = None,
+    ) -> Table:
+        """Declare an embedding table, or adopt one that another worker has declared, and return this worker's handle on it.
+
+        The first worker's settings are the job's; what is left out is as the job has it. dim: float32 elements of a row.
+        optimizer: SGD (the default, lr=0.01), Adagrad, RowwiseAdagrad, Adam or FTRL of `headwater.optim`, a step for each row that a
+        push touches. initial: what new rows hold, `Uniform(limit)` (the default, 0.01), `Normal` or `Constant`; with `seed`, default 0.
+        policy: which ids get rows and which rows go, see `RowPolicy`. consistency: default the job's; `asp()` lets the table's
+        pushes count at once beside a BSP or SSP job.
+        Raises SettingError, naming the difference, where the table has other settings.
+        """
+        wanted = Declare(name, dim, optimizer, initial, seed, policy, consistency)
+        spec_of(wanted, self.consistency, dim=1 if dim is None else dim)  # which checks it before it travels
+        declared = self._ask(wanted, Declared)
+        if self._tables is None:
+            links = []
+            for i in range(len(self._addresses)):
+                connection, shares = self._open_data(i, "table")
+                links.append(Link(self, connection, shares=shares))
+            self._tables = Tables(self, links)
+        return self._tables.table(declared)
+
+    @property
+    def has_tables(self) -> bool:
+        """Whether any table is declared here."""
+        return self._tables is not None
+
+    @property
+    def has_staged(self) -> bool:
+        """Whether pushes to tables wait for this worker's next step."""
+        return self._tables is not None and self._tables.has_pushed
 
     # Push, wait, pull.
 
@@ -326,6 +385,8 @@ class Session:
         *,
         pull: bool,
     ) -> None:
+        if self._layout is None and self._tables is not None:
+            self.register({})
         layout = self._require_layout()
         absent = b""
         if gradients is not None:
@@ -336,16 +397,19 @@ class Session:
     def push_sealed(
         self, *, weight: float, scalars: Sequence[tuple[float, ...]], absent: bytes = b"", pull: bool = False
     ) -> None:
-        """Push what stands in the push buffer; what adapters use. pull: `wait` also brings the new parameters."""
+        """Push what stands in the push buffer; what adapters use. pull: `wait`, to be called next, also brings the new parameters."""
         self._require_layout()
         if self._is_pending:
             self.wait()
+        if self._tables is not None:
+            self._tables.settle()  # what is staged for this step lies on every server before its seal
         self._sequence += 1
         rows = tuple(scalars)
         if self._is_direct:
             link = self._links[0]
             wanted = "" if not pull or self._reads_in_place else "own" if link.shares else "sent"
-            self._control.send(Seal(self._sequence, weight, rows, absent, True, wanted), link.pushed)
+            send = self._control.hold if wanted == "sent" else self._control.send  # then `wait` sends it while it reads
+            send(Seal(self._sequence, weight, rows, absent, True, wanted), link.pushed)
         else:
             for link in self._links:
                 link.connection.send(Push(self._sequence), link.pushed)
@@ -478,13 +542,16 @@ class Session:
         return self._ask(StatsGet(), Stats)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Save parameters, optimizer state, clock and job state as a directory that `load` reads.
+        """Save parameters, optimizer state, clock and job state as a directory that `load` reads. Tables are saved by `Table.export`; a
+        warning names those that the job has.
 
         `model.safetensors` holds the parameters under their names. Written aside and renamed when whole: a failure leaves what was
         there before.
         """
         with self._held() as held:
             checkpoint = self._read(held)
+        if held.tables:
+            _warn(f"{path} will not hold the rows of table {', '.join(held.tables)}: Table.export() saves them.")
         checkpoint.write(Path(path))
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -557,6 +624,8 @@ class Session:
         if self._heartbeat is not None:
             self._heartbeat.stop()
         try:
+            if self._tables is not None:
+                self._tables.settle()
             if self._layout is not None and not self._is_pending:
                 self._control.set_timeout(2.0)
                 request(self._control, Leave())
@@ -574,7 +643,8 @@ class Session:
             connection.abandon()
 
     def _connections(self) -> list[Connection]:
-        found = [self._control, self._beat, *(data for data, _ in self._data.values())]
+        tables = self._tables.links if self._tables is not None else ()
+        found = [self._control, self._beat, *(data for data, _ in self._data.values()), *(t.connection for t in tables)]
         return [c for c in found if c is not None]
 
     def __enter__(self) -> Session:
@@ -599,20 +669,24 @@ class Session:
         return self._receive_from(self._control, answer)[0]
 
     def _receive_from(
-        self, connection: Connection, answer: type[_M], view: memoryview | None = None
+        self,
+        connection: Connection,
+        answer: type[_M],
+        view: memoryview | Callable[[AnyMessage], memoryview] | None = None,
     ) -> tuple[_M, tuple[int, ...]]:
         """Return the answer and the descriptors that came along; says for whom it waits, and stops at the time-out.
 
-        view: where the answer's payload goes.
+        view: where the answer's payload goes, or a function of the answer that says so.
         """
         start = time.monotonic()
 
         def sink(message: AnyMessage, size: int) -> memoryview:
-            if view is None or size != view.nbytes:
+            target = view(message) if callable(view) else view
+            if target is None or size != target.nbytes:
                 raise ProtocolError(
-                    f"Expected {0 if view is None else view.nbytes} bytes with {type(message).__name__}, got {size}."
+                    f"Expected {0 if target is None else target.nbytes} bytes with {type(message).__name__}, got {size}."
                 )
-            return view
+            return target
 
         while True:
             message, fds = connection.receive(sink, with_fds=answer is Attached)
@@ -620,6 +694,8 @@ class Session:
                 return message, fds
             if isinstance(message, Failed):
                 raise message.exception()
+            if isinstance(message, Pulled):  # comes before the Committed that says whether it holds
+                continue
             if not isinstance(message, Waiting):
                 raise ProtocolError(f"Expected {answer.__name__}, got {type(message).__name__}.")
             names = ", ".join(message.names) or "the servers"

@@ -11,6 +11,7 @@ import array
 import contextlib
 import os
 import queue
+import select
 import socket
 import struct
 import time
@@ -34,6 +35,8 @@ from headwater._wire import HEADER_BYTES, pack_header, unpack_header
 
 #: Given a message and the payload's size, return where the payload goes (exactly that size), or raise.
 Sink = Callable[[AnyMessage, int], memoryview]
+#: Told how many bytes of a payload have come, and of how many, whenever there are more.
+Arrived = Callable[[int, int], None]
 _READ_BYTES = 1 << 16
 _HELD_BYTES = 1 << 14
 _FDS_MAX = 8
@@ -56,12 +59,21 @@ class Connection(Protocol):
         """Send; `payload` may be reused on return. Raises PeerLostError."""
 
     def hold(self, message: AnyMessage, payload: memoryview | None = None) -> None:
-        """Send, or keep back what is small until the next send or receive takes it along."""
+        """Keep back until the next send, flush or receive takes it along; `payload` may be reused when that returns.
 
-    def receive(self, sink: Sink | None = None, *, with_fds: bool = False) -> Received:
+        A receive reads while it sends, so the peer may answer before it has the whole payload.
+        """
+
+    def send_head(self, message: AnyMessage, size: int) -> None:
+        """Begin to send a message whose payload of `size` bytes follows piece by piece, by `send_more`."""
+
+    def send_more(self, piece: memoryview) -> None:
+        """Send the next piece of the payload; it may be reused on return."""
+
+    def receive(self, sink: Sink | None = None, *, with_fds: bool = False, arrived: Arrived | None = None) -> Received:
         """Wait for the next message. Raises PeerLostError, ProtocolError, WaitTimeoutError.
 
-        with_fds: take descriptors that come along, where `can_share`; else they are dropped.
+        with_fds: take descriptors that come along, where `can_share`; else they are dropped. arrived: is told how a payload grows.
         """
 
     def set_timeout(self, seconds: float | None) -> None:
@@ -93,7 +105,9 @@ class SocketConnection:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._input = bytearray(_READ_BYTES)
         self._start = self._stop = 0  # unread bytes of the input buffer
-        self._output = bytearray()
+        self._output = bytearray()  # held back, then `_bulk`
+        self._bulk: memoryview | None = None
+        self._timeout_s: float | None = None
         self._fds: list[int] = []
 
     def fileno(self) -> int:
@@ -117,35 +131,41 @@ class SocketConnection:
             self.flush()
 
     def hold(self, message: AnyMessage, payload: memoryview | None = None) -> None:
-        control = encode(message)
         size = 0 if payload is None else payload.nbytes
-        self._output += pack_header(len(control), size)
-        self._output += control
+        self.send_head(message, size)
         if payload is None:
             return
         if size <= _HELD_BYTES:
             self._output += payload
+        else:
+            self._bulk = payload.cast("B")
+
+    def send_head(self, message: AnyMessage, size: int) -> None:
+        if self._bulk is not None:
+            self.flush()
+        control = encode(message)
+        self._output += pack_header(len(control), size)
+        self._output += control
+
+    def send_more(self, piece: memoryview) -> None:
+        self._bulk = piece
+        self.flush()
+
+    def flush(self) -> None:
+        views = [memoryview(held) for held in (self._output, self._bulk) if held]
+        if not views:
             return
-        output, self._output = memoryview(self._output), bytearray()
+        self._output, self._bulk = bytearray(), None
         try:
-            sent = self._socket.sendmsg([output, payload])
-            for view in (output, payload):
+            sent = self._socket.sendmsg(views)
+            for view in views:
                 if sent < view.nbytes:
                     self._socket.sendall(view[sent:])
                 sent = max(sent - view.nbytes, 0)
         except OSError as error:
             raise self._lost(error) from error
 
-    def flush(self) -> None:
-        if not self._output:
-            return
-        try:
-            self._socket.sendall(self._output)
-        except OSError as error:
-            raise self._lost(error) from error
-        self._output.clear()
-
-    def receive(self, sink: Sink | None = None, *, with_fds: bool = False) -> Received:
+    def receive(self, sink: Sink | None = None, *, with_fds: bool = False, arrived: Arrived | None = None) -> Received:
         if self._stop - self._start < HEADER_BYTES:
             self._fill(HEADER_BYTES, with_fds)
         control_bytes, payload_bytes = unpack_header(self._input, self._start)
@@ -156,7 +176,7 @@ class SocketConnection:
         message = decode(memoryview(self._input)[self._start + HEADER_BYTES : stop])
         self._start = stop
         if payload_bytes:
-            self._receive_payload((sink or refuse_payload)(message, payload_bytes))
+            self._receive_payload((sink or refuse_payload)(message, payload_bytes), arrived)
         if not with_fds:
             return Received(message)
         fds, self._fds = tuple(self._fds), []
@@ -173,6 +193,7 @@ class SocketConnection:
 
     def set_timeout(self, seconds: float | None) -> None:
         # SO_RCVTIMEO rather than settimeout: the socket stays blocking and a receive stays one system call.
+        self._timeout_s = seconds
         value = 0.0 if seconds is None else max(seconds, 1e-3)
         packed = struct.pack("ll", int(value), int(value % 1 * 1e6))
         with contextlib.suppress(OSError):
@@ -193,7 +214,8 @@ class SocketConnection:
 
     def _fill(self, size: int, with_fds: bool) -> None:
         """Have at least `size` unread bytes in the input buffer; what was held back is sent before this blocks."""
-        self.flush()
+        if with_fds or self._bulk is None:
+            self.flush()
         if self._start + size > len(self._input) or self._start == self._stop:
             unread = self._input[self._start : self._stop]
             self._input[: len(unread)] = unread
@@ -213,23 +235,49 @@ class SocketConnection:
 
     def _read(self, view: memoryview, with_fds: bool) -> int:
         if not (with_fds and self.can_share):
-            return self._socket.recv_into(view)  # descriptors that nobody asked for are dropped by the kernel
+            return self._read_into(view)  # descriptors that nobody asked for are dropped by the kernel
         count, ancillary, _, _ = self._socket.recvmsg_into([view], socket.CMSG_SPACE(_FDS_MAX * 4))
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 self._fds += array.array("i", data[: len(data) - len(data) % 4])
         return count
 
-    def _receive_payload(self, target: memoryview) -> None:
+    def _read_into(self, view: memoryview) -> int:
+        """Read what there is; until there is something, send on what was held back."""
+        if self._bulk is not None:
+            poll = select.poll()
+            poll.register(self._socket, select.POLLIN | select.POLLOUT)
+            while self._bulk is not None:
+                events = poll.poll(None if self._timeout_s is None else 1e3 * self._timeout_s)
+                if not events:
+                    raise BlockingIOError("neither way moves")
+                if events[0][1] & select.POLLOUT:
+                    self._send_some(self._bulk)
+                if events[0][1] & ~select.POLLOUT:
+                    break
+        return self._socket.recv_into(view)
+
+    def _send_some(self, bulk: memoryview) -> None:
+        """Send as much of what was held back as goes without waiting."""
+        sent = self._socket.sendmsg([self._output, bulk], [], socket.MSG_DONTWAIT)
+        head = min(sent, len(self._output))
+        del self._output[:head]
+        self._bulk = bulk[sent - head :] if sent - head < bulk.nbytes else None
+
+    def _receive_payload(self, target: memoryview, arrived: Arrived | None) -> None:
         ready = min(self._stop - self._start, target.nbytes)
         target[:ready] = memoryview(self._input)[self._start : self._start + ready]
         self._start += ready
+        if arrived is not None and ready:
+            arrived(ready, target.nbytes)
         try:
             while ready < target.nbytes:
-                count = self._socket.recv_into(target[ready:])
+                count = self._read_into(target[ready:])
                 if count == 0:
                     raise ConnectionError(f"it closed after {ready} of {target.nbytes} payload bytes")
                 ready += count
+                if arrived is not None:
+                    arrived(ready, target.nbytes)
         except OSError as error:  # half a payload cannot be made good, a time-out included
             raise self._lost(error) from error
 
@@ -251,6 +299,8 @@ class MemoryConnection:
         self._inbox, self._outbox, self.peer = inbox, outbox, peer
         self._timeout: float | None = None
         self._is_closed = False
+        self._pieces = bytearray()
+        self._head: tuple[AnyMessage, int] | None = None
 
     def send(self, message: AnyMessage, payload: memoryview | None = None, fds: Sequence[int] = ()) -> None:
         if self._is_closed:
@@ -261,7 +311,17 @@ class MemoryConnection:
     def hold(self, message: AnyMessage, payload: memoryview | None = None) -> None:
         self.send(message, payload)
 
-    def receive(self, sink: Sink | None = None, *, with_fds: bool = False) -> Received:
+    def send_head(self, message: AnyMessage, size: int) -> None:
+        self._head, self._pieces = (message, size), bytearray()
+
+    def send_more(self, piece: memoryview) -> None:
+        assert self._head is not None
+        message, size = self._head
+        self._pieces += piece
+        if len(self._pieces) == size:
+            self.send(message, memoryview(self._pieces))
+
+    def receive(self, sink: Sink | None = None, *, with_fds: bool = False, arrived: Arrived | None = None) -> Received:
         try:
             item = None if self._is_closed else self._inbox.get(timeout=self._timeout)
         except queue.Empty:
@@ -273,6 +333,8 @@ class MemoryConnection:
         message = decode(control)
         if bulk:
             (sink or refuse_payload)(message, len(bulk))[:] = bulk
+            if arrived is not None:
+                arrived(len(bulk), len(bulk))
         if not with_fds:
             for fd in fds:
                 os.close(fd)

@@ -1,6 +1,7 @@
-"""The PyTorch side: an optimizer whose step pushes gradients and pulls parameters.
+"""The PyTorch side: an optimizer whose step pushes gradients and pulls parameters, and modules around tables.
 
     optimizer = hw.torch.Optimizer(model, hw.optim.AdamW(lr=3e-4))
+    embedding = hw.torch.Embedding(session.table("items", dim=64))
 
 The model's parameters move into the session's arena, so that a push copies only gradients and, under BSP on one machine, a
 pull copies nothing.
@@ -19,8 +20,9 @@ from headwater._errors import LayoutError, SettingError, UsageError
 from headwater._layout import TensorSpec
 from headwater._plan import pack_absent
 from headwater._session import Session, connect_session
+from headwater._torch_embedding import Embedding, EmbeddingBag
 
-__all__ = ["Optimizer"]
+__all__ = ["Embedding", "EmbeddingBag", "Optimizer"]
 
 _DTYPES = {
     torch.float32: "float32",
@@ -52,10 +54,10 @@ class Optimizer(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` whose state lives on the job's servers.
 
     model: a module, or (name, parameter) pairs; names must be the same in every worker. Frozen parameters stay out, tied ones go
-    once. optimizer: settings from `headwater.optim`, or the user's own `torch.optim` object, whose groups and options
-    are mapped, or refused by name. groups: parameter groups as `torch.optim` takes them, for settings from `headwater.optim`.
-    session: default a new one from `headwater.connect()`. where: "server", or "worker": the servers only average gradients and
-    the given `torch.optim` object, of any kind, makes the step here.
+    once; there may be none where the session has tables. optimizer: settings from `headwater.optim`, or the user's own
+    `torch.optim` object, whose groups and options are mapped, or refused by name. groups: parameter groups as `torch.optim` takes
+    them, for settings from `headwater.optim`. session: default a new one from `headwater.connect()`. where: "server", or
+    "worker": the servers only average gradients and the given `torch.optim` object, of any kind, makes the step here.
 
     From here on parameters lie in the session's memory: `.to(dtype)` afterwards is an error at the next step, and what
     user code writes into a parameter is undone by it. Schedulers, `zero_grad`, gradient accumulation, GradScaler work as ever.
@@ -95,6 +97,8 @@ class Optimizer(torch.optim.Optimizer):
         self.settings = settings
         self._names = settings.scalar_names
         self._parameters = _ordered(named, self.param_groups)
+        if not self._parameters and not (session is not None and session.has_tables):
+            raise LayoutError("Expected at least one parameter that requires a gradient, got none.")
         self.session = connect_session() if session is None else session
         self._register()
 
@@ -146,7 +150,7 @@ class Optimizer(torch.optim.Optimizer):
         if found_inf is not None and bool(found_inf.item()):
             weight = 0.0
         absent = [p.grad is None for _, p, _ in self._parameters]
-        if all(absent):
+        if all(absent) and not self.session.has_staged:
             weight = 0.0
         if weight > 0:
             self._copy_gradients(absent)
@@ -164,6 +168,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _copy_gradients(self, absent: Sequence[bool]) -> None:
         scale = getattr(self, "grad_scale", None)
+        if scale is not None and self.session.has_staged and float(scale) != 1.0:
+            raise UsageError("Expected rows of tables without GradScaler, got both: what backward() pushed is scaled.")
         targets, sources = [], []
         for (_, parameter, _), view, missing in zip(self._parameters, self._gradients, absent, strict=True):
             grad = parameter.grad
@@ -175,9 +181,10 @@ class Optimizer(torch.optim.Optimizer):
                 grad = grad.to_dense()
             targets.append(view)
             sources.append(grad)
-        if scale is not None:
+        if scale is not None and sources:
             sources = list(torch._foreach_div(sources, float(scale)))
-        torch._foreach_copy_(targets, sources)
+        if targets:
+            torch._foreach_copy_(targets, sources)
 
     def _step_here(self, absent: Sequence[bool]) -> None:
         """where="worker": make the user's own step from the mean gradient."""
@@ -199,8 +206,8 @@ class Optimizer(torch.optim.Optimizer):
                 )
 
     def _rows(self) -> list[tuple[float, ...]]:
-        if self._on_worker:
-            return [()] * len(self.param_groups)
+        if self._on_worker or not self._parameters:
+            return [()] * len(self.param_groups if self._parameters else ())
         return [tuple(_scalar(group, name) for name in self._names) for group in self.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
@@ -270,10 +277,8 @@ def _ordered(
             "Expected the optimizer's parameters to be the model's, got one that is not: pass the same model."
         )
     found = [(name, p, group_of[p]) for name, p in named if p in group_of]
-    if not found:
-        raise LayoutError("Expected at least one parameter that requires a gradient, got none.")
     used = sorted({g for _, _, g in found})
-    if used != list(range(len(groups))):
+    if found and used != list(range(len(groups))):
         raise LayoutError("Expected a trainable parameter in every group, got an empty group: leave it out.")
     return found
 

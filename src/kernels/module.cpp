@@ -3,6 +3,8 @@
 #include <Python.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -11,8 +13,10 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <string>
 #include <system_error>
+#include <utility>
 #include <vector>
 
 #include "arena.h"
@@ -228,7 +232,8 @@ std::vector<std::string> simd_levels() {
 }
 
 nb::object apply(const std::string& optimizer_name, int flags, const std::string& wire_name, nb::handle source,
-                 nb::handle target, nb::handle commits, int threads, const std::string& level_name) {
+                 nb::handle target, nb::handle commits, int threads, const std::string& level_name,
+                 std::optional<std::pair<int64_t, int64_t>> blocks, nb::handle sums) {
   const WireName& wire = wire_of(wire_name);
   const OptimizerName& optimizer = optimizer_of(optimizer_name, flags);
   const Level& level = level_of(level_name);
@@ -242,7 +247,13 @@ nb::object apply(const std::string& optimizer_name, int flags, const std::string
            std::to_string(to.size()) + " in target — optimizer " + optimizer_name + ", " + wire_name + ".");
   }
   const int64_t elements = to[0].bytes() / wire.item;
-  int64_t bytes = 0;
+  const auto [first, limit] = blocks.value_or(std::pair<int64_t, int64_t>(0, (elements + kBlock - 1) / kBlock));
+  if (first < 0 || limit < first || limit > (elements + kBlock - 1) / kBlock) {
+    refuse("Expected blocks of " + std::to_string(elements) + " elements, got [" + std::to_string(first) + ", " +
+           std::to_string(limit) + ").");
+  }
+  const int64_t covered = std::min(limit * kBlock, elements) - std::min(first * kBlock, elements);
+  int64_t bytes = 0;  // written
   Pass pass = {};
   for (size_t i = 0; i < expected; i++) {
     const int64_t item = narrow && i == 0 ? wire.item : wire.master_item;
@@ -252,7 +263,7 @@ nb::object apply(const std::string& optimizer_name, int flags, const std::string
     }
     pass.source[i] = from[i].data();
     pass.target[i] = to[i].data();
-    bytes += elements * item;
+    bytes += covered * item;
   }
 
   std::vector<CommitBuffers> held;
@@ -282,6 +293,14 @@ nb::object apply(const std::string& optimizer_name, int flags, const std::string
   pass.plane_count = static_cast<int>(expected);
   pass.commits = plain.data();
   pass.commit_count = static_cast<int64_t>(plain.size());
+  std::optional<Buffer> squares;
+  if (!sums.is_none()) {
+    squares.emplace(sums, "d", 8, true, "sums");
+    if (plain.size() != 1 || squares->bytes() != (elements + kBlock - 1) / kBlock * 8) {
+      refuse("Expected one commit and a sum for each block, got " + std::to_string(plain.size()) + " commits and " +
+             std::to_string(squares->bytes() / 8) + " sums.");
+    }
+  }
   // Commits after the first read the target again: for them it had better be in the cache.
   pass.streamed = plain.size() == 1 && 2 * bytes > kStreamedBytes;
 
@@ -289,8 +308,11 @@ nb::object apply(const std::string& optimizer_name, int flags, const std::string
   {
     nb::gil_scoped_release released;
     std::atomic<bool> finite{true};
-    run_tasks((elements + kBlock - 1) / kBlock, elements < kAlone ? 1 : threads, [&](int64_t block) {
-      if (level.apply(pass, block)) return true;
+    run_tasks(limit - first, covered < kAlone ? 1 : threads, [&](int64_t block) {
+      const int64_t at = first + block;
+      // First the sums: the gradients are then in the cache for the pass itself.
+      if (squares) reinterpret_cast<double*>(squares->data())[at] = level.square_sum(pass.wire, pass.commits[0], elements, at);
+      if (level.apply(pass, at)) return true;
       finite = false;
       return false;
     });
@@ -406,7 +428,7 @@ NB_MODULE(_kernels, m) {
   m.attr("BLOCK") = kBlock;
   m.def("simd_levels", &simd_levels);
   m.def("apply", &apply, "optimizer"_a, "flags"_a, "wire"_a, "source"_a, "target"_a, "commits"_a, nb::kw_only(),
-        "threads"_a, "level"_a);
+        "threads"_a, "level"_a, "blocks"_a = nb::none(), "sums"_a = nb::none());
   m.def("square_sums", &square_sums, "wire"_a, "runs"_a, "contributions"_a, "coefficients"_a, nb::kw_only(),
         "threads"_a, "level"_a);
   m.def("copy", &copy, "target"_a, "source"_a, nb::kw_only(), "threads"_a = 1);

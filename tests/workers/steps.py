@@ -74,6 +74,27 @@ def sealed(session: hw.Session) -> None:
     kill(session)
 
 
+def rows_of(session: hw.Session) -> hw.Table:
+    return session.table("rows", 2, optimizer=hw.optim.SGD(lr=1.0), initial=hw.Constant(0.0))
+
+
+def rows(session: hw.Session) -> None:
+    """Push rows with the step to come."""
+    rows_of(session).push(range(9), np.ones((9, 2), np.float32))
+
+
+def staged(session: hw.Session) -> None:
+    """Die when every server has this step's rows and before the step is sealed."""
+    rows_of(session).push(range(5, 20), np.full((15, 2), 1000.0, np.float32))
+    session._tables.settle()  # type: ignore[union-attr]
+    kill(session)
+
+
+def show(session: hw.Session) -> None:
+    found = rows_of(session).pull(range(9))
+    say(session, f"has {rows_of(session).stats().rows} rows of {found.min()} to {found.max()}")
+
+
 def send_pushes(session: hw.Session, *, halves: bool) -> None:
     session.gradients["w"][:] = 1000.0  # would show if any of it counted
     last = len(session._links) - 1

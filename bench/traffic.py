@@ -1,0 +1,40 @@
+"""Batches of ids as recommenders look them up: 26 features of 4,096 samples, each id equally likely or a few of them very."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+BATCH = 26 * 4096
+DIM = 16
+KINDS = ("uniform", "zipf")
+ZIPF = 1.05
+BATCHES = 64  # so many that their rows do not stay in the caches
+FILL = 1 << 20  # ids in a batch that only makes rows
+
+
+def batches(kind: str, rows: int, seed: int) -> list[np.ndarray]:
+    """Return BATCHES int64 arrays of BATCH ids below `rows`. zipf: P(rank) ∝ rank^−1.05, the ranks strewn over all ids."""
+    chance = np.random.default_rng(seed)
+    if kind == "uniform":
+        return [chance.integers(rows, size=BATCH) for _ in range(BATCHES)]
+    sums = np.cumsum(np.arange(1.0, rows + 1) ** -ZIPF)
+    return [_strewn(np.searchsorted(sums, chance.random(BATCH) * sums[-1]), rows) for _ in range(BATCHES)]
+
+
+def _strewn(ranks: np.ndarray, rows: int) -> np.ndarray:
+    """Map ranks to ids one to one: else the rows of ids that are often looked up together would be neighbours."""
+    factor = next(f for f in range(int(rows * 0.618), rows + 2) if np.gcd(f, rows) == 1)
+    return ranks * factor % rows
+
+
+def fill_batches(rows: int) -> Iterator[np.ndarray]:
+    """Yield ids 0 … rows − 1, many at once."""
+    for start in range(0, rows, FILL):
+        yield np.arange(start, min(start + FILL, rows))
+
+
+def gradients(count: int, seed: int) -> np.ndarray:
+    """Return small gradients, float32 (count, DIM)."""
+    return np.random.default_rng(seed).normal(0, 1e-3, (count, DIM)).astype(np.float32)

@@ -1,0 +1,413 @@
+"""The tables of one server: rows by id, each with its own optimizer step.
+
+A push to a table of an ASP or SSP job is applied when it arrives, as one unit, at most once: it is named (identity, table, sequence).
+Under BSP it is *staged*, by the step that it belongs to, until the coordinator says which steps the commit holds (`Gather`)
+and that it is the state (`Flip`). Then each touched row makes one step with Σ wᵢ·gᵢ / Σ wᵢ over the commit's pushes, in their
+order; a push without a gradient for the row counts as zero. Until then nothing has happened.
+
+Who may touch what: a worker's room is the worker's but between its request and the answer. `Tables.lock` guards the desks and
+what is staged, a table's own lock its step number; the rows guard themselves. Locks are taken in this order.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+
+from headwater import _kernels, _limits
+from headwater._errors import HostError, NonFiniteError, ProtocolError, SettingError, StorageError, UsageError
+from headwater._memory import SharedBuffer, zeroed
+from headwater._messages import (
+    AnyMessage,
+    Attached,
+    Changed,
+    ChangesGet,
+    Detach,
+    Done,
+    Flip,
+    Gather,
+    OpenTable,
+    Page,
+    PageGet,
+    PagePut,
+    Prepared,
+    PulledRows,
+    PullRows,
+    PushRows,
+    Room,
+    TableStats,
+    TableStatsGet,
+    Track,
+    WarmRows,
+)
+from headwater._rows import batch_bytes, buckets_of, join_page, page_bytes, rows_at, split_page, too_many
+
+
+class Part(NamedTuple):
+    """What one push has for some rows of a table."""
+
+    ids: np.ndarray  # int64 (n,), distinct
+    gradients: np.ndarray  # float32 (n, dim)
+    scalars: tuple[float, ...]
+
+
+class Rows:
+    """One table's rows here. It can be shared between threads."""
+
+    def __init__(self, request: OpenTable, *, threads: int, level: str) -> None:
+        self.spec, policy = request.spec, request.spec.policy
+        self.step = 0
+        self._threads, self._level = threads, level
+        self._lock = threading.Lock()
+        self._checked: tuple[float, ...] | None = None  # scalars found valid last
+        with self._host():
+            self.kernel = _kernels.Table(
+                self.spec.dim, self.spec.optimizer.kind, self.spec.initial_state,
+                seed=self.spec.seed, initial=self.spec.initial.kind, scale=self.spec.initial.scale,
+                admit_after=policy.admit_after, expire_steps=policy.expire_steps or 0, expire_s=policy.expire_s or 0.0,
+                decay=policy.decay, budget_bytes=(policy.budget_bytes or 0) // request.count,
+                when_full=policy.when_full, evict=policy.evict, spill_folder=policy.spill_folder or "",
+                buckets=buckets_of(request.index, request.count), threads=threads, level=level,
+            )  # fmt: skip
+            self.rows_max = self.kernel.stats()["rows_max"]  # 0: no budget
+
+    @contextmanager
+    def _host(self) -> Iterator[None]:
+        """Tell what the caller, the disk and the memory are at fault for."""
+        where = f"table {self.spec.name!r}"
+        try:
+            yield
+        except ValueError as error:
+            raise SettingError(f"{str(error).rstrip('.')} — {where}.") from error
+        except OSError as error:
+            raise StorageError(
+                f"Cannot spill or load rows: {error} — {where}, {self.spec.policy.spill_folder}."
+            ) from error
+        except MemoryError as error:
+            raise HostError(
+                f"Expected memory for more rows, got none — {where}: set budget_bytes in its policy."
+            ) from error
+
+    def pull(self, ids: np.ndarray, out: np.ndarray, *, touch: bool) -> None:
+        """Set out, float32 (n, dim), to the rows of ids."""
+        with self._host():
+            self.kernel.pull(ids, out, touch=touch, now=time.time())
+
+    def warm(self, ids: np.ndarray) -> None:
+        """Begin to bring spilled rows into memory, where any can be."""
+        if self.spec.policy.when_full == "spill":
+            self.kernel.prefetch(ids)
+
+    def check(self, ids: np.ndarray, gradients: np.ndarray, scalars: tuple[float, ...]) -> None:
+        """Raise NonFiniteError, or SettingError for more ids than the budget holds or scalars that the optimizer does not take."""
+        bad = _kernels.find_bad(gradients, threads=self._threads)
+        if bad >= 0:
+            row, position = divmod(bad, self.spec.dim)
+            raise NonFiniteError(
+                f"Expected finite gradients, got NaN or infinity for id {ids[row]} at position {position} — "
+                f"table {self.spec.name!r}. Nothing of this push counts; lower the learning rate, clip, or skip the step."
+            )
+        if 0 < self.rows_max < len(ids):
+            raise SettingError(too_many(len(ids), self.rows_max, self.spec))
+        if scalars != self._checked:
+            names = self.spec.optimizer.scalar_names
+            if len(scalars) != len(names):
+                raise SettingError(f"Expected {', '.join(names)}, got {scalars} — table {self.spec.name!r}.")
+            self.spec.optimizer.check(dict(zip(names, scalars, strict=True)))
+            self._checked = scalars
+
+    def push(self, part: Part, *, pieces: int = 1) -> None:
+        """Let each row make one step. On a StorageError or SettingError nothing has changed, or some of the pieces."""
+        optimizer = self.spec.optimizer
+        with self._lock, self._host():
+            now, step = time.time(), self.step + 1
+            row = np.array(optimizer.row(dict(zip(optimizer.scalar_names, part.scalars, strict=True)), step))
+            for ids, gradients in zip(
+                np.array_split(part.ids, pieces), np.array_split(part.gradients, pieces), strict=True
+            ):
+                self.kernel.push(ids, gradients, row, step=step, now=now)
+            self.step = step
+            self.kernel.sweep(step=step, now=now)
+
+    def commit(self, parts: Sequence[Part], shares: Sequence[float]) -> None:
+        """Make one step of the parts' mean."""
+        whole = parts[0]
+        if len(parts) > 1 or shares[0] != 1.0:
+            ids = np.concatenate([part.ids for part in parts])
+            distinct, _, inverse = _kernels.unique(ids)
+            total = np.empty((len(distinct), self.spec.dim), np.float32)
+            weights = np.repeat(np.array(shares, np.float32), [len(part.ids) for part in parts])
+            gradients = np.concatenate([part.gradients for part in parts])
+            _kernels.sum_rows(gradients, inverse, total, weights=weights, threads=self._threads, level=self._level)
+            whole = Part(distinct, total, whole.scalars)
+        # Each push fits the budget, all of them together need not.
+        pieces = -(-len(whole.ids) // self.rows_max) if self.rows_max else 1
+        self.push(whole, pieces=max(pieces, 1))
+
+    def put(self, request: PagePut, page: np.ndarray) -> None:
+        """Write a page of whole rows."""
+        ids, last_seen, rows, counts = split_page(page, request.count, self.spec.width)
+        with self._lock, self._host():
+            self.step = max(self.step, request.step)
+            self.kernel.put(ids, rows, counts, last_seen, step=self.step, now=time.time())
+
+    def page(self, request: PageGet) -> Answer:
+        """Return the next rows."""
+        with self._host():
+            ids, rows, counts, last_seen, cursor = self.kernel.export(request.cursor, request.limit)
+        return Answer(Page(len(ids), cursor, self.step), join_page(ids, last_seen, rows, counts))
+
+    def track(self, request: Track) -> None:
+        """Begin or end a delta stream."""
+        with self._host():
+            (self.kernel.track if request.begin else self.kernel.untrack)(request.consumer)
+
+    def changes(self, request: ChangesGet) -> Answer:
+        """Return what has changed since the consumer last asked."""
+        with self._host():
+            ids, rows, deleted, restart, more = self.kernel.changes(request.consumer, request.limit)
+        return Answer(Changed(len(ids), len(deleted), restart, more), join_page(ids, deleted, rows))
+
+    def stats(self) -> TableStats:
+        """Return what this server has of the table."""
+        found = {**self.kernel.stats(), "step": self.step}
+        return TableStats(*(found.get(name, 0) for name in TableStats.__struct_fields__))
+
+
+class Answer(NamedTuple):
+    """What to send back."""
+
+    message: AnyMessage
+    payload: memoryview | None = None
+    fds: tuple[int, ...] = ()  # the desk keeps them
+
+
+class _Staged(NamedTuple):
+    table: int
+    step: int
+    part: Part
+
+
+class Tables:
+    """All tables of one server. It can be shared between threads."""
+
+    def __init__(self, *, threads: int, level: str) -> None:
+        self._threads, self._level = threads, level
+        self.lock = threading.Lock()
+        self.tables: dict[int, Rows] = {}
+        self._desks: dict[int, Desk] = {}  # by identity
+        self._gathered: tuple[Gather, dict[int, list[tuple[Part, float]]]] | None = None
+
+    # What the coordinator says.
+
+    def handle(self, request: AnyMessage) -> AnyMessage | None:
+        """Carry out what concerns tables; None where the dense state has the answer."""
+        match request:
+            case OpenTable():
+                self.tables[request.table] = Rows(request, threads=self._threads, level=self._level)
+                return Done()
+            case Gather():
+                return self._gather(request)
+            case Flip():
+                self._flip()
+            case Detach():
+                self._detach(request.identity)
+        return None
+
+    def _gather(self, request: Gather) -> Prepared:
+        """Collect what these steps have staged; one whose scalars differ from those before it is named."""
+        found: dict[int, list[tuple[Part, float]]] = {}
+        with self.lock:
+            self._gathered = None
+            for i, (identity, step, share) in enumerate(request.pushes):
+                desk = self._desks.get(identity)
+                if desk is None or share <= 0.0:
+                    continue
+                for staged in desk.staged:
+                    if staged.step != step:
+                        continue
+                    parts = found.setdefault(staged.table, [])
+                    if parts and parts[0][0].scalars != staged.part.scalars:
+                        return Prepared((0, i, -2, staged.table))
+                    parts.append((staged.part, share))
+            self._gathered = request, found
+        return Prepared()
+
+    def _flip(self) -> None:
+        """Let what was gathered count, and forget what was staged up to these steps."""
+        with self.lock:
+            gathered, self._gathered = self._gathered, None
+            if gathered is None:
+                return
+            for identity, step, _ in gathered[0].pushes:
+                desk = self._desks.get(identity)
+                if desk is not None:
+                    desk.staged = [staged for staged in desk.staged if staged.step > step]
+        for table, parts in sorted(gathered[1].items()):
+            self.tables[table].commit(*zip(*parts, strict=True))
+
+    def _detach(self, identity: int) -> None:
+        """A worker is gone: what it has staged counts nowhere, and nothing more is taken from it."""
+        with self.lock:
+            desk = self._desks.pop(identity, None)
+            if desk is not None:
+                desk.is_gone = True
+                desk.staged = []
+
+    # What workers say.
+
+    def desk(self, identity: int) -> Desk:
+        """Return where a worker is served, on the one connection that it has for it."""
+        with self.lock:
+            if identity in self._desks:
+                raise ProtocolError("Expected one connection for tables per worker, got another.")
+            desk = self._desks[identity] = Desk(self, identity)
+            return desk
+
+    def leave(self, desk: Desk) -> None:
+        """The worker's connection has ended. What belongs to a step that it sealed still counts."""
+        with self.lock:
+            desk.give_up_rooms()
+            if not desk.staged and self._desks.get(desk.identity) is desk:
+                del self._desks[desk.identity]
+
+
+class Desk:
+    """One worker's rooms and pushes; used by its connection's thread."""
+
+    def __init__(self, tables: Tables, identity: int) -> None:
+        self._tables, self.identity = tables, identity
+        self.is_gone = False
+        self.staged: list[_Staged] = []
+        self._sequences: dict[int, int] = {}  # of the last push, by table
+        self.give_up_rooms()
+
+    def give_up_rooms(self) -> None:
+        """Free the memory; what the worker has mapped stays its own."""
+        self._rooms: dict[int, np.ndarray] = {}
+        self._shared: dict[int, SharedBuffer] = {}  # those that the worker maps too
+        self._payload: np.ndarray | None = None  # what came with the request
+
+    def sink(self, message: AnyMessage, size: int) -> memoryview:
+        """Say where a request's payload of `size` bytes goes. Raises ProtocolError where none, or another, is expected."""
+        expected, limit, room = 0, 0, -1
+        match message:
+            case PullRows() | WarmRows():
+                expected, room = 8 * message.count, message.room
+            case PushRows():
+                expected, room = batch_bytes(message.count, self._table(message.table).spec.dim), 0
+            case PagePut():
+                expected, limit = page_bytes(message.count, self._table(message.table).spec.width), _limits.PAGE_BYTES
+        if room in self._rooms and room not in self._shared:
+            limit = self._rooms[room].nbytes
+        if size != expected or size > limit:
+            raise ProtocolError(f"Expected {min(expected, limit)} bytes with {type(message).__name__}, got {size}.")
+        self._payload = np.empty(size, np.uint8) if room < 0 else self._rooms[room][:size]
+        return memoryview(self._payload)
+
+    def handle(self, request: AnyMessage, *, can_share: bool) -> Answer:
+        """Carry out a worker's request."""
+        payload, self._payload = self._payload, None
+        answer = Answer(Done())
+        match request:
+            case PullRows():
+                answer = self._pull(request, payload)
+            case PushRows():
+                self._push(request, payload)
+            case WarmRows():
+                self._table(request.table).warm(self._ids(request, request.room, payload))
+            case Room():
+                answer = self._make_room(request, can_share=can_share)
+            case PageGet():
+                answer = self._table(request.table).page(request)
+            case PagePut():
+                if payload is None and request.count:
+                    raise ProtocolError("Expected PagePut with a payload, got none.")
+                self._table(request.table).put(request, np.empty(0, np.uint8) if payload is None else payload)
+            case ChangesGet():
+                answer = self._table(request.table).changes(request)
+            case Track():
+                self._table(request.table).track(request)
+            case TableStatsGet():
+                answer = Answer(self._table(request.table).stats())
+            case _:
+                raise ProtocolError(f"Expected a request about tables, got {type(request).__name__}.")
+        return answer
+
+    def _pull(self, request: PullRows, payload: np.ndarray | None) -> Answer:
+        rows = self._table(request.table)
+        ids = self._ids(request, request.room, payload)
+        out = self._rows(request.room, request.count, rows.spec.dim)
+        rows.pull(ids, out, touch=request.touch)
+        return Answer(
+            PulledRows(), None if request.room in self._shared else memoryview(out.reshape(-1).view(np.uint8))
+        )
+
+    def _push(self, request: PushRows, payload: np.ndarray | None) -> None:
+        rows = self._table(request.table)
+        part = Part(self._ids(request, 0, payload), self._rows(0, request.count, rows.spec.dim), request.scalars)
+        rows.check(*part)
+        if rows.spec.is_staged:
+            part = Part(part.ids.copy(), part.gradients.copy(), part.scalars)
+        with self._tables.lock:
+            if self.is_gone:
+                raise ProtocolError(
+                    "Expected a push from a worker of this job, got one from a worker that has left it."
+                )
+            if request.sequence <= self._sequences.get(request.table, -1):
+                return  # it has counted already
+            if rows.spec.is_staged:
+                if len(self.staged) >= _limits.STAGED_PUSHES:
+                    raise UsageError(
+                        f"Expected a step after at most {_limits.STAGED_PUSHES} pushes to tables, got none: under BSP they count "
+                        f"with session.step() or optimizer.step(); or declare table {rows.spec.name!r} with hw.asp()."
+                    )
+                self.staged.append(_Staged(request.table, request.step, part))
+        if not rows.spec.is_staged:
+            rows.push(part)
+        self._sequences[request.table] = request.sequence
+
+    def _make_room(self, request: Room, *, can_share: bool) -> Answer:
+        if not 0 <= request.room <= _limits.TABLES or not 0 < request.size <= _limits.ROOM_BYTES:
+            raise ProtocolError(f"Expected a room of up to {_limits.ROOM_BYTES} bytes, got {request}.")
+        self._shared.pop(request.room, None)
+        try:
+            if not (request.share and can_share):
+                self._rooms[request.room] = zeroed(request.size)
+                return Answer(Attached(0))
+            buffer = self._shared[request.room] = SharedBuffer(request.size, "rows")
+        except (OSError, MemoryError) as error:
+            raise HostError(
+                f"Expected memory for a batch of {request.size} bytes, got: {error}. Use smaller ones."
+            ) from error
+        self._rooms[request.room] = buffer.array
+        return Answer(Attached(1), None, (buffer.fd,))
+
+    def _ids(self, request: PullRows | WarmRows | PushRows, room: int, payload: np.ndarray | None) -> np.ndarray:
+        """Return the ids of a batch, which must have come as it was agreed."""
+        if (payload is None) != (room in self._shared or request.count == 0):
+            raise ProtocolError(
+                "Expected a batch to come as it was agreed with Room: in shared memory, or as a payload."
+            )
+        return self._piece(room, 0, 8 * request.count).view(np.int64)
+
+    def _rows(self, room: int, count: int, dim: int) -> np.ndarray:
+        """Return the rows of a batch, float32 (count, dim)."""
+        return self._piece(room, rows_at(count), batch_bytes(count, dim)).view(np.float32).reshape(count, dim)
+
+    def _piece(self, room: int, start: int, stop: int) -> np.ndarray:
+        found = self._rooms.get(room)
+        if found is None or not 0 <= start <= stop <= found.nbytes:
+            raise ProtocolError(f"Expected a batch that fits its room, got {stop} bytes for room {room}.")
+        return found[start:stop]
+
+    def _table(self, number: int) -> Rows:
+        rows = self._tables.tables.get(number)
+        if rows is None:
+            raise ProtocolError(f"Expected a table that is declared, got number {number}.")
+        return rows
