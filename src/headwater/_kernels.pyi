@@ -243,7 +243,7 @@ class Table:
         """Write whole rows as export gives them: ids distinct, no admission, no optimizer; the budget holds. Errors as with push."""
 
     def track(self, consumer: str) -> None:
-        """Begin a delta stream by this name, at most 8 at once; again by the same name: it starts over."""
+        """Begin a delta stream by this name, at most 6 at once; again by the same name: it starts over."""
 
     def untrack(self, consumer: str) -> None:
         """End it. ValueError when there is none by this name."""

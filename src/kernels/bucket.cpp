@@ -12,12 +12,12 @@ constexpr int64_t kDeletedMin = 1024;  // ids
 constexpr size_t kNeighbours = 8;
 constexpr uint32_t kRowsAhead = 4;
 
+}  // namespace
+
 uint32_t decayed_count(uint32_t count, double factor, uint64_t times) {
   for (; times > 0 && count > 0; times--) count = static_cast<uint32_t>(std::floor(count * factor));
   return count;
 }
-
-}  // namespace
 
 // ---- candidates ----------------------------------------------------------------------------------------------
 
@@ -46,7 +46,7 @@ void Candidates::remove(size_t place) {
       place = next;
     }
   }
-  entries_[place].last = kNone;
+  entries_[place] = {0, kNone, 0};
 }
 
 void Candidates::grow(size_t places) {
@@ -103,7 +103,7 @@ void Bucket::init(const Shape* shape, Slabs* slabs, int number) {
   line_count_ = 1;
 }
 
-void Bucket::add_to_index(uint64_t hash, uint32_t number) {
+void Bucket::add_to_index(uint32_t hash, uint32_t number) {
   for (int64_t at = home(hash);; at = next(at)) {
     Line& line = lines_[at];
     for (uint32_t& slot : line.slots) {
@@ -115,62 +115,83 @@ void Bucket::add_to_index(uint64_t hash, uint32_t number) {
   }
 }
 
-void Bucket::remove_from_index(uint64_t hash, uint32_t number) {
+// Where a number is. passes: it is going, so those that it has passed need not count it any longer.
+uint32_t* Bucket::slot_of(uint32_t hash, uint32_t number, bool passes) {
   const uint32_t wanted = tag_of(hash) | number;
   for (int64_t at = home(hash);; at = next(at)) {
     Line& line = lines_[at];
     for (uint32_t& slot : line.slots) {
-      if (slot != wanted) continue;
-      slot = 0;
-      return;
+      if (slot == wanted) return &slot;
     }
-    line.passed--;
+    line.passed -= passes;
   }
 }
 
+int64_t Bucket::lines_for(int64_t entries) const {
+  int64_t lines = line_count_;
+  while (entries > lines * kLineRows) {
+    const int64_t more = lines + lines / 4 + 1;
+    // Buckets set out from different sizes, so that they do not all grow in the same push, nor are all nearly empty after it.
+    lines = lines < 64 && more >= 64 ? 64 + number_ % 16 : more;
+  }
+  return lines;
+}
+
 bool Bucket::grow_index() {
-  int64_t lines = line_count_ + line_count_ / 4 + 1;
-  // Buckets set out from different sizes, so that they do not all grow in the same push, nor are all nearly empty after it.
-  if (line_count_ < 64 && lines >= 64) lines = 64 + number_ % 16;
-  // The last step is a large one: then what is there before it leaves room for both indexes.
-  if (lines + lines / 4 >= shape_->lines_max) lines = shape_->lines_max;
+  const int64_t lines = std::min(lines_for(entries() + 1), shape_->lines_max);
+  if (lines <= line_count_ || charged() + (lines - line_count_) * static_cast<int64_t>(sizeof(Line)) > shape_->quota) return false;
+  make_index(lines);
+  return true;
+}
+
+// Made anew from the rows. The old one is kept until then, unless both are more than the quota.
+void Bucket::make_index(int64_t lines) {
   const int64_t bytes = lines * static_cast<int64_t>(sizeof(Line));
-  if (lines <= line_count_ || charged() + bytes > shape_->quota) return false;
+  if (charged() + bytes > shape_->quota) lines_.reset();
   Line* fresh = static_cast<Line*>(std::aligned_alloc(sizeof(Line), static_cast<size_t>(bytes)));
-  if (fresh == nullptr) throw std::bad_alloc();
+  if (fresh == nullptr) {
+    if (lines_ == nullptr && lines > line_count_) make_index(line_count_);
+    throw std::bad_alloc();
+  }
   std::memset(fresh, 0, static_cast<size_t>(bytes));
   lines_.reset(fresh);
   line_count_ = lines;
-  while (numbers_ < lines * kLineRows) numbers_ = numbers_ << 1 | 1;  // a number is below the most rows that there ever were
+  // A number is below the most rows that there ever were, or that of a place on disk.
+  const int64_t places = shape_->spill_base == kNone ? 0 : number_of(units() + 1, 0);
+  while (numbers_ < std::max(lines * kLineRows, places)) number_bits_++, numbers_ = numbers_ << 1 | 1;
 
   constexpr uint32_t kAhead = 8;
   uint64_t hashes[kAhead];
   for (uint32_t n = 0; n < used_ + kAhead; n++) {
-    if (n >= kAhead && !row(n - kAhead)->is_free()) add_to_index(hashes[n % kAhead], n - kAhead);
+    if (n >= kAhead && !row(n - kAhead)->is_free()) add_to_index(short_of(hashes[n % kAhead]), n - kAhead);
     if (n >= used_) continue;
     if (n + 3 * kAhead < used_) __builtin_prefetch(row(n + 3 * kAhead));
     hashes[n % kAhead] = hash_of(row(n)->id);
     prefetch_line(hashes[n % kAhead]);
   }
-  return true;
+  for (uint32_t u = 0; u < units(); u++) {
+    for (int64_t place = 0; place < shape_->unit_rows && units_[u].live > 0; place++) {
+      if (units_[u].hashes[place] != 0) add_to_index(units_[u].hashes[place], number_of(u, place));
+    }
+  }
 }
 
 // ---- rows ----------------------------------------------------------------------------------------------------
 
 int64_t Bucket::bytes() const {
   return line_count_ * static_cast<int64_t>(sizeof(Line)) + static_cast<int64_t>(chunks_.capacity() * sizeof(char*)) +
-         static_cast<int64_t>(deleted.capacity() * sizeof(int64_t)) + candidates.bytes();
+         static_cast<int64_t>(deleted.capacity() * sizeof(int64_t)) + candidates.bytes() + units_bytes();
 }
 
 // What counts against the quota.
 int64_t Bucket::charged() const {
   return line_count_ * static_cast<int64_t>(sizeof(Line)) + static_cast<int64_t>(chunks_.capacity() * sizeof(char*)) +
-         static_cast<int64_t>(chunks_.size()) * shape_->chunk_cost;
+         static_cast<int64_t>(chunks_.size()) * shape_->chunk_cost + units_bytes();
 }
 
 bool Bucket::grow_rows() {
   const int64_t count = static_cast<int64_t>(chunks_.size());
-  if (count == shape_->chunks_max) return false;
+  if (count == shape_->chunks_max || (shape_->spill_base != kNone && charged() + shape_->chunk_cost > shape_->quota)) return false;
   if ((count + 1) << shape_->shift > kRowsMax) {
     throw std::length_error("Expected at most 8,388,608 rows in each of 256 buckets: use more servers or a budget.");
   }
@@ -195,6 +216,11 @@ void Bucket::draw_rows() {
   for (uint32_t number : drawn_) __builtin_prefetch(row(number));
 }
 
+uint64_t Bucket::worth(const Header* row) const {
+  const uint64_t last = row->last, count = row->count();
+  return shape_->victim == Victim::lru ? last << 24 | count : count << 32 | last;
+}
+
 // The worst quarter of those that were drawn go next. Then others are drawn: they come from memory while these are used up.
 void Bucket::choose_victims() {
   struct Key {
@@ -206,8 +232,7 @@ void Bucket::choose_victims() {
   for (uint32_t number : drawn_) {
     const Header* header = row(number);
     if (header->is_free()) continue;
-    const uint64_t last = header->last, seen = header->count();
-    keys[count++] = {shape_->victim == Victim::lru ? last << 24 | seen : seen << 32 | last, number};
+    keys[count++] = {worth(header), number};
   }
   const int wanted = std::min(count, kVictims);
   std::partial_sort(keys, keys + wanted, keys + count, [](const Key& a, const Key& b) { return a.key < b.key; });
@@ -235,7 +260,8 @@ void Bucket::make_room() {
 
 Found Bucket::insert(uint64_t hash, int64_t id, uint32_t clock) {
   const bool has_row = free_ != kNone || used_ < chunks_.size() << shape_->shift || grow_rows();
-  const bool has_slot = rows_ < line_count_ * kLineRows || grow_index();
+  const bool has_slot = entries() < line_count_ * kLineRows || grow_index();
+  if ((!has_row || !has_slot) && shape_->spill_base != kNone) throw std::logic_error("Expected room for a row, which was made before.");
   if (!has_row || !has_slot) make_room();
   Found found;
   if (free_ != kNone) {
@@ -245,7 +271,7 @@ Found Bucket::insert(uint64_t hash, int64_t id, uint32_t clock) {
     found = {used_, row(used_)};
     used_++;
   }
-  add_to_index(hash, found.number);
+  add_to_index(short_of(hash), found.number);
   rows_++;
   // The rows that come next, for they are written soon and come from far away.
   const uint32_t ahead = used_ + kRowsAhead;
@@ -256,22 +282,29 @@ Found Bucket::insert(uint64_t hash, int64_t id, uint32_t clock) {
   return found;
 }
 
-void Bucket::remove(Found found) {
-  if (shape_->followers != 0) {
-    const int64_t rows_part = shape_->deleted_max >= 0 ? shape_->deleted_max : std::max(kDeletedMin, rows_ / 8);
-    if (static_cast<int64_t>(deleted.size()) >= rows_part) {
-      deleted_start += deleted.size();
-      deleted.clear();
-    }
-    if (deleted.capacity() == 0 && shape_->deleted_max >= 0) deleted.reserve(static_cast<size_t>(shape_->deleted_max));
-    if (rows_part > 0) deleted.push_back(found.row->id);
-    else deleted_start++;
+void Bucket::log_deleted(int64_t id) {
+  if (shape_->followers == 0) return;
+  const int64_t limit = shape_->deleted_max >= 0 ? shape_->deleted_max : std::max(kDeletedMin, entries() / 8);
+  if (static_cast<int64_t>(deleted.size()) >= limit) {
+    deleted_start += deleted.size();
+    deleted.clear();
   }
-  remove_from_index(hash_of(found.row->id), found.number);
+  if (deleted.capacity() == 0 && shape_->deleted_max >= 0) deleted.reserve(static_cast<size_t>(limit));
+  if (limit > 0) deleted.push_back(id);
+  else deleted_start++;
+}
+
+void Bucket::free_row(Found found) {
   found.row->last = kNone;
   found.row->id = free_;
   free_ = found.number;
   rows_--;
+}
+
+void Bucket::remove(Found found) {
+  log_deleted(found.row->id);
+  remove_from_index(short_of(hash_of(found.row->id)), found.number);
+  free_row(found);
 }
 
 void Bucket::decay(double factor, uint64_t period) {

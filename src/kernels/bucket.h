@@ -7,11 +7,15 @@
 //
 // A row: Header, `dim` values, `slots` floats of state. Row number n lies in chunk n >> shift. Rows in use and free ones have
 // numbers below `used`; the free ones are a chain.
+//
+// A spilled row lies in a place of a unit on disk. Its number is spill_base + unit · unit_rows + place; in memory it costs a slot
+// of the index and 32 bits of its hash, without which the index could not be made anew.
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -29,14 +33,16 @@ constexpr uint32_t kNone = 0xffffffffu;         // no row of this number, no tim
 constexpr uint32_t kRowsMax = 1u << 23;         // of a bucket, in memory
 constexpr uint32_t kSighting = 16;              // counts are in sixteenths
 constexpr uint32_t kCountMax = (1u << 24) - 1;  // in sixteenths
-constexpr int kConsumersMax = 8;
+constexpr int kConsumersMax = 6;
+// Among the marks: must not leave memory before the batch at hand is through; had better not, for it will be wanted soon.
+constexpr uint32_t kPinned = 0x80, kWarm = 0x40, kOfConsumers = (1u << kConsumersMax) - 1;
 constexpr int kDraws = 16, kVictims = 4;  // rows that are drawn at a time, and how many of them go
 constexpr int64_t kRowBytesAhead = 512;  // of a row, that is asked for ahead of its use; the CPU sees by itself how it goes on
 
 struct __attribute__((packed, aligned(4))) Header {
   int64_t id;
   uint32_t last;   // seen; kNone: the row is free, and `id` is the number of the next free one
-  uint32_t marks;  // count << 8 | the consumers that have not got this row as it is now
+  uint32_t marks;  // count << 8 | kPinned | kWarm | the consumers that have not got this row as it is now
 
   uint32_t count() const { return marks >> 8; }
   void set_count(uint32_t count) { marks = count << 8 | (marks & 0xffu); }
@@ -61,12 +67,19 @@ struct Shape {
   int64_t candidates_bytes;  // −1: an eighth of the rows' bytes
   int64_t deleted_max;       // ids in the log of deletions; −1: an eighth of the rows
   int64_t chunk_cost;        // bytes, its share of what regions lose to rounding included
+  // Spilling; spill_base kNone: there is none.
+  uint32_t spill_base;
+  int64_t unit_bytes, unit_rows;
+  double decay;
 };
 
 struct alignas(64) Line {
   uint32_t passed;  // ids whose home is this line or before, and which lie beyond it
   uint32_t slots[15];
 };
+
+// A count after so many decays, each rounded down to a sixteenth.
+uint32_t decayed_count(uint32_t count, double factor, uint64_t times);
 
 struct Found {
   uint32_t number = kNone;
@@ -82,6 +95,7 @@ class Candidates {
   void decay(double factor, uint64_t times);
   int64_t bytes() const { return static_cast<int64_t>(entries_.size() * sizeof(Entry)); }
   uint32_t last_seen(int64_t id, uint64_t hash) const;  // kNone: never
+  uint32_t count(int64_t id, uint64_t hash) const { return entries_.empty() ? 0 : entries_[find(id, hash)].count; }
 
  private:
   struct Entry {
@@ -95,6 +109,26 @@ class Candidates {
   void grow(size_t places);
   std::vector<Entry> entries_;  // none or a power of two
   size_t used_ = 0;
+};
+
+// Rows on disk that were written together.
+struct Unit {
+  std::unique_ptr<uint32_t[]> hashes;  // by place; 0: nobody's
+  uint32_t file = 0;        // where in the file
+  uint32_t generation = 0;  // how often it was written
+  uint32_t oldest = kNone;  // of the rows' last seen, the earliest
+  uint32_t period = 0;      // when counts were up to date
+  uint16_t live = 0;        // rows
+  bool is_moving = false;
+  // Of consumers: whose marks in the rows hold still; for whom all rows are marked; for whom some may be.
+  uint8_t valid = 0, all = 0, some = 0;
+};
+
+// A unit that is about to be written: rows of a sparse unit first, then rows from memory.
+struct Page {
+  uint32_t file = 0;
+  uint32_t moved = kNone;  // unit
+  std::vector<uint32_t> rows;
 };
 
 class alignas(64) Bucket {
@@ -115,16 +149,18 @@ class alignas(64) Bucket {
     Found found;             // most likely the id's
     bool is_passed = false;  // a third look may find it
   };
-  __attribute__((always_inline)) void prefetch_line(uint64_t hash) const { __builtin_prefetch(&lines_[home(hash)]); }
+  __attribute__((always_inline)) void prefetch_line(uint64_t hash) const { __builtin_prefetch(&lines_[home(short_of(hash))]); }
   // Written field by field: a copy of it would have to wait for its parts.
-  void prefetch_row(uint64_t hash, int64_t bytes, Sight* sight) const {
+  void prefetch_row(uint64_t hash64, int64_t bytes, Sight* sight) const {
+    const uint32_t hash = short_of(hash64);
     const int64_t at = home(hash);
     prefetch_match(lines_[at], hash, bytes, sight);
     sight->is_passed = sight->found.row == nullptr && lines_[at].passed != 0;
     if (sight->is_passed) __builtin_prefetch(&lines_[next(at)]);
   }
   void prefetch_passed_row(uint64_t hash, int64_t bytes, Sight* sight) const {
-    if (sight->is_passed) prefetch_match(lines_[next(home(hash))], hash, bytes, sight);
+    const uint32_t low = short_of(hash);
+    if (sight->is_passed) prefetch_match(lines_[next(home(low))], low, bytes, sight);
   }
 
   Found find(uint64_t hash, int64_t id, const Sight& sight) const {
@@ -132,25 +168,58 @@ class alignas(64) Bucket {
     return row != nullptr && row->id == id && !row->is_free() ? sight.found : find(hash, id);
   }
   Found find(uint64_t hash, int64_t id) const {
-    const uint32_t tag = tag_of(hash);
-    int64_t at = home(hash);
-    for (int64_t seen = 0; seen < line_count_; seen++) {
-      const Line& line = lines_[at];
-      for (uint32_t mask = match(line, tag); mask != 0; mask &= mask - 1) {
-        const uint32_t number = line.slots[__builtin_ctz(mask)] & numbers_;
-        Header* const found = row(number);
-        if (found->id == id) return {number, found};
-      }
-      if (line.passed == 0) break;
-      at = next(at);
-    }
-    return {};
+    Found found;
+    each_number(short_of(hash), [&](uint32_t number) {
+      if (number >= shape_->spill_base || row(number)->id != id) return true;
+      found = {number, row(number)};
+      return false;
+    });
+    return found;
   }
 
   // Makes a row for an id that has none; value and state are garbage, its count 0, no marks. At the limit another row goes
   // first. Throws std::bad_alloc, or std::length_error past kRowsMax; then nothing has changed.
   Found insert(uint64_t hash, int64_t id, uint32_t clock);
   void remove(Found found);
+
+  // ---- spilling (bucket_spill.cpp) ----
+  int64_t spilled() const { return spilled_; }
+  // Calls visit(number) for the spilled rows that may be this id's: hardly ever more than its own.
+  template <class Visit>
+  void each_spilled(uint64_t hash, Visit visit) const {
+    if (spilled_ == 0) return;
+    const uint32_t low = short_of(hash);
+    each_number(low, [&](uint32_t number) {
+      if (number >= shape_->spill_base && unit_of(number).hashes[place_of(number)] == low) visit(number);
+      return true;
+    });
+  }
+  Unit& unit_of(uint32_t number) { return units_[(number - shape_->spill_base) / shape_->unit_rows]; }
+  const Unit& unit_of(uint32_t number) const { return units_[(number - shape_->spill_base) / shape_->unit_rows]; }
+  int64_t place_of(uint32_t number) const { return (number - shape_->spill_base) % shape_->unit_rows; }
+  uint32_t number_of(uint32_t unit, int64_t place) const {
+    return shape_->spill_base + static_cast<uint32_t>(unit * shape_->unit_rows + place);
+  }
+  uint32_t units() const { return static_cast<uint32_t>(units_.size()); }
+  Unit& unit(uint32_t unit) { return units_[unit]; }
+
+  // How many rows must leave memory before `rows` more can come in, `entries` of them new to the index.
+  int64_t rows_over(int64_t rows, int64_t entries) const;
+  // Chooses rows, none of them pinned, for one page; pins them. None: there is nobody.
+  Page choose_page(int64_t wanted);
+  // Writes a page's rows to `buffer`; `moved`: what its unit has on disk.
+  void fill_page(const Page& page, const char* moved, char* buffer) const;
+  // The page is on disk: its rows lie there from now on. Returns the file's unit that is free now, or kNone.
+  uint32_t settle_page(const Page& page);
+  void drop_page(const Page& page);  // or it is not
+  // Makes room in memory as rows_over has promised: gives back chunks, grows the index.
+  void settle_room(int64_t entries);
+  // A spilled row, at `stored`, comes back to memory, where there is room. Returns the file's unit that is free now, or kNone.
+  uint32_t bring_in(uint32_t number, const Header* stored, uint32_t marks, Found* found);
+  // A spilled row is deleted; likewise.
+  uint32_t remove_spilled(uint32_t number, const Header* stored);
+  // What the header of a spilled row would be by now, marks included.
+  Header header_now(uint32_t number, const Header* stored, double factor) const;
 
   // Multiplies all counts by `factor`, once for each period that has passed.
   void decay(double factor, uint64_t period);
@@ -164,26 +233,45 @@ class alignas(64) Bucket {
   uint64_t read_to[kConsumersMax] = {};
 
   // Since the beginning:
-  int64_t admitted = 0, refused = 0, evicted = 0, expired = 0, dropped = 0;
+  int64_t admitted = 0, refused = 0, evicted = 0, expired = 0, dropped = 0, written = 0, loaded = 0;
 
  private:
-  int64_t home(uint64_t hash) const {
-    return static_cast<int64_t>((hash >> 24 & 0xffffffffu) * static_cast<uint64_t>(line_count_) >> 32);
+  // Home and tag come from the same 32 bits, the one from their top and the other from their end, and never meet: a tag has
+  // as many bits as a row number leaves. Never 0.
+  static uint32_t short_of(uint64_t hash) {
+    const uint32_t low = static_cast<uint32_t>(hash >> 24);
+    return low + (low == 0);
+  }
+  int64_t home(uint32_t hash) const { return static_cast<int64_t>(hash * static_cast<uint64_t>(line_count_) >> 32); }
+  // Calls visit(number) for the slots that an id with this hash may have, until it returns false.
+  template <class Visit>
+  void each_number(uint32_t hash, Visit visit) const {
+    const uint32_t tag = tag_of(hash);
+    int64_t at = home(hash);
+    for (int64_t seen = 0; seen < line_count_; seen++) {
+      const Line& line = lines_[at];
+      for (uint32_t mask = match(line, tag); mask != 0; mask &= mask - 1) {
+        if (!visit(line.slots[__builtin_ctz(mask)] & numbers_)) return;
+      }
+      if (line.passed == 0) return;
+      at = next(at);
+    }
   }
   int64_t next(int64_t line) const { return line + 1 == line_count_ ? 0 : line + 1; }
-  void prefetch_match(const Line& line, uint64_t hash, int64_t bytes, Sight* sight) const {
-    const uint32_t mask = match(line, tag_of(hash));
+  void prefetch_match(const Line& line, uint32_t hash, int64_t bytes, Sight* sight) const {
     sight->found.row = nullptr;
+    const uint32_t mask = match(line, tag_of(hash));
     if (mask == 0) return;
     const uint32_t number = line.slots[__builtin_ctz(mask)] & numbers_;
+    if (number >= shape_->spill_base) return;
     sight->found.number = number;
     sight->found.row = row(number);
     const char* start = reinterpret_cast<const char*>(sight->found.row);
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(start + at);
     __builtin_prefetch(start + bytes - 1);
   }
-  uint32_t tag_of(uint64_t hash) const {
-    const uint32_t tag = static_cast<uint32_t>(hash) & ~numbers_;
+  uint32_t tag_of(uint32_t hash) const {
+    const uint32_t tag = hash << number_bits_;
     return tag != 0 ? tag : numbers_ + 1;
   }
 
@@ -202,15 +290,28 @@ class alignas(64) Bucket {
 #endif
   }
 
-  void add_to_index(uint64_t hash, uint32_t number);
-  void remove_from_index(uint64_t hash, uint32_t number);
+  uint32_t* slot_of(uint32_t hash, uint32_t number, bool passes);
+  void add_to_index(uint32_t hash, uint32_t number);
+  void remove_from_index(uint32_t hash, uint32_t number) { *slot_of(hash, number, true) = 0; }
+  void replace_in_index(uint32_t hash, uint32_t number, uint32_t by) { *slot_of(hash, number, false) = tag_of(hash) | by; }
+  int64_t entries() const { return rows_ + spilled_; }
+  int64_t lines_for(int64_t entries) const;
   bool grow_index();  // false: the quota does not allow it
-  bool grow_rows();   // likewise
+  void make_index(int64_t lines);
+  bool grow_rows();  // likewise
   int64_t charged() const;
   void make_room();
   void ask_for(const Header* row) const;
   void draw_rows();
   void choose_victims();
+  uint64_t worth(const Header* row) const;  // who goes first has the least
+  void log_deleted(int64_t id);
+  void free_row(Found found);
+  uint32_t new_unit();
+  uint32_t leave_place(uint32_t number);
+  void shrink_rows(int64_t chunks);
+  int64_t unit_cost() const;
+  int64_t units_bytes() const;
 
   struct Free {
     void operator()(Line* lines) const { std::free(lines); }
@@ -222,6 +323,7 @@ class alignas(64) Bucket {
   std::unique_ptr<Line[], Free> lines_;
   int64_t line_count_ = 0;
   uint32_t numbers_ = 0xff;  // the bits of a slot that are a row number
+  int number_bits_ = 8;      // how many
   std::vector<char*> chunks_;
   uint32_t used_ = 0, free_ = kNone;
   int64_t rows_ = 0;
@@ -232,8 +334,12 @@ class alignas(64) Bucket {
     uint32_t number, last;
   } victims_[kVictims];
   int victim_count_ = 0;
+  std::deque<Unit> units_;
+  std::vector<uint32_t> free_units_;
+  int64_t spilled_ = 0;
 };
 
-constexpr int64_t kLineRows = 13;  // on average, at most
+constexpr int64_t kLineRows = 13;   // on average, at most
+constexpr int64_t kPagesAhead = 8;  // that a bucket writes at once; what they cost is kept free
 
 }  // namespace headwater

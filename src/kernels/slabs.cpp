@@ -47,8 +47,21 @@ Slabs::~Slabs() {
 
 int64_t Slabs::region_of(int64_t chunk_bytes, int64_t slack) { return fit(std::min(slack, kRegionMax), chunk_bytes); }
 
+void Slabs::give(char* chunk) {
+  std::lock_guard<std::mutex> hold(lock_);
+  given_.push_back(chunk);
+  madvise(chunk, static_cast<size_t>(chunk_bytes_), MADV_DONTNEED);
+  bytes_ -= chunk_bytes_;
+}
+
 char* Slabs::take() {
   std::lock_guard<std::mutex> hold(lock_);
+  if (!given_.empty()) {
+    char* chunk = given_.back();
+    given_.pop_back();
+    bytes_ += chunk_bytes_;
+    return chunk;
+  }
   if (left_ == 0) {
     const int64_t grown = std::min(std::max(bytes_ / kSlack, kRegionMin), kRegionMax);
     const int64_t bytes = region_bytes_ > 0 ? region_bytes_ : fit(grown, chunk_bytes_);

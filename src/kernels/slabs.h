@@ -8,7 +8,7 @@
 
 namespace headwater {
 
-// It can be shared between threads. Chunks are not given back; all memory goes when it does.
+// It can be shared between threads.
 class Slabs {
  public:
   // region_bytes: of every region, as region_of gives it; 0: they grow with what there is.
@@ -18,6 +18,7 @@ class Slabs {
   Slabs& operator=(const Slabs&) = delete;
 
   char* take();  // zeroed, 64 bytes aligned when chunk_bytes is a multiple of it; throws std::bad_alloc
+  void give(char* chunk);  // back to the system; a chunk must be whole pages
   int64_t bytes();
 
   // The size of regions that leave at most about `slack` bytes unused.
@@ -27,6 +28,7 @@ class Slabs {
   const int64_t chunk_bytes_, region_bytes_;
   std::mutex lock_;  // guards what follows
   std::vector<std::pair<void*, int64_t>> regions_;
+  std::vector<char*> given_;
   char* next_ = nullptr;
   int64_t left_ = 0;   // chunks
   int64_t bytes_ = 0;  // of all regions

@@ -13,6 +13,9 @@ namespace headwater {
 namespace {
 
 constexpr int64_t kChunkBytes = 8 << 10;    // at most, unless a row is larger
+constexpr int64_t kSpillChunkBytes = 32 << 10;  // with spilling: chunks are whole pages, to be given back
+constexpr int64_t kChunksMin = 8;           // of a bucket, in a budget
+constexpr int64_t kPage = 4096;
 constexpr int64_t kBudgetSlack = 32;        // this part of a budget is left for what is allocated and not yet used
 constexpr int64_t kBudgetLog = 64;          // this part for the ids of deleted rows
 constexpr int64_t kBudgetCandidates = 8;    // this part for the counters of ids without a row, when there are any
@@ -23,7 +26,6 @@ constexpr int64_t kRing = 32;               // for what the looks remember: more
 constexpr int64_t kAlone = 2048;            // ids: fewer are not worth waking a thread
 constexpr int64_t kPart = 4096;             // ids that a thread takes at a time
 constexpr int64_t kSweepRows = 1 << 14;
-constexpr int64_t kDecaySteps = 1000;
 
 inline void copy_floats(float* to, const float* from, int64_t count) {
   if (count > 64) {
@@ -49,28 +51,41 @@ Table::Table(const TableSettings& settings) : settings_(settings), buckets_(kBuc
   shape_.row_bytes = static_cast<int64_t>(sizeof(Header)) + width() * static_cast<int64_t>(sizeof(float));
   shape_.victim = settings.victim;
   shape_.seed = mix64(settings.seed ^ 0x5eed);
-  while (shape_.row_bytes << (shape_.shift + 1) <= kChunkBytes) shape_.shift++;
+  shape_.decay = settings.decay;
+  shape_.spill_base = kNone;
+  if (settings.spills) {
+    shape_.unit_rows = std::max<int64_t>(1, kPage / shape_.row_bytes);
+    shape_.unit_bytes = (shape_.unit_rows * shape_.row_bytes + kPage - 1) / kPage * kPage;
+  }
+  while (shape_.row_bytes << (shape_.shift + 1) <= (settings.spills ? kSpillChunkBytes : kChunkBytes)) shape_.shift++;
   plan_budget();
+  if (settings.spills) {
+    shape_.spill_base = static_cast<uint32_t>(shape_.chunks_max << shape_.shift);
+    disk_ = std::make_unique<Disk>(settings.spill_folder, shape_.unit_bytes);
+  }
   for (int b = settings.first_bucket; b < settings.bucket_limit; b++) buckets_[static_cast<size_t>(b)].init(&shape_, slabs_.get(), b);
 }
 
 // Sets the limits of one bucket, so that all buckets together, with the regions of their rows, stay within the budget whatever
 // happens. Returns how many rows a bucket can have.
 int64_t Table::set_shape(int64_t budget) {
+  const bool spills = settings_.spills;
   shape_.chunk_bytes = shape_.row_bytes << shape_.shift;
+  if (spills) shape_.chunk_bytes = (shape_.chunk_bytes + kPage - 1) / kPage * kPage;
   const int64_t region = Slabs::region_of(shape_.chunk_bytes, budget / kBudgetSlack);
   const int64_t in_region = region / shape_.chunk_bytes;
   shape_.chunk_cost = (region + in_region - 1) / in_region;
-  const int64_t fixed = static_cast<int64_t>(sizeof(Table) + kBuckets * sizeof(Bucket)) + region;
+  const int64_t fixed = fixed_bytes() + region;
   const int64_t share = (budget - fixed) / (settings_.bucket_limit - settings_.first_bucket);
   shape_.deleted_max = std::max<int64_t>(0, share / kBudgetLog / static_cast<int64_t>(sizeof(int64_t)));
   shape_.candidates_bytes = settings_.admit_after > 1 ? std::max<int64_t>(256, share / kBudgetCandidates) : 0;
   shape_.quota = share - shape_.deleted_max * static_cast<int64_t>(sizeof(int64_t)) - shape_.candidates_bytes;
+  const int64_t ahead = spills ? kPagesAhead * (static_cast<int64_t>(sizeof(Unit)) + 4 * shape_.unit_rows + 16) : 0;
   const int64_t line_bytes = static_cast<int64_t>(sizeof(Line)), rows_in_chunk = 1ll << shape_.shift;
   const int64_t per_chunk = shape_.chunk_cost + static_cast<int64_t>(sizeof(char*)) + (rows_in_chunk * line_bytes + kLineRows - 1) / kLineRows;
-  shape_.chunks_max = std::min<int64_t>(std::max<int64_t>(0, (shape_.quota - 2 * line_bytes) / per_chunk), kRowsMax / rows_in_chunk);
+  shape_.chunks_max = std::min<int64_t>(std::max<int64_t>(0, (shape_.quota - ahead - 2 * line_bytes) / per_chunk), kRowsMax / rows_in_chunk);
   const int64_t rows = shape_.chunks_max * rows_in_chunk;
-  shape_.lines_max = (rows + kLineRows - 1) / kLineRows;
+  shape_.lines_max = spills ? INT64_MAX / 2 : (rows + kLineRows - 1) / kLineRows;
   return rows;
 }
 
@@ -85,8 +100,11 @@ void Table::plan_budget() {
   }
   const auto rows_for = [this](int64_t budget) {
     int64_t rows;
-    while ((rows = set_shape(budget)) < 8ll << shape_.shift && shape_.shift > 0) shape_.shift--;
-    return rows;
+    const int64_t chunk_min = settings_.spills ? kPage / 2 : 0;
+    while ((rows = set_shape(budget)) < kChunksMin << shape_.shift && shape_.row_bytes << shape_.shift > chunk_min && shape_.shift > 0) {
+      shape_.shift--;
+    }
+    return settings_.spills && shape_.chunks_max < kChunksMin / 2 ? 0 : rows;
   };
   if (rows_for(settings_.budget_bytes) < kBucketRowsMin) {
     int64_t smallest = settings_.budget_bytes;
@@ -103,8 +121,13 @@ int64_t Table::rows_max() const {
   return settings_.budget_bytes == 0 ? 0 : (shape_.chunks_max << shape_.shift) * (settings_.bucket_limit - settings_.first_bucket);
 }
 
+int64_t Table::fixed_bytes() const {
+  const int64_t spilling = settings_.spills ? Disk::kDepth * shape_.unit_bytes + warm_rows() * shape_.row_bytes : 0;
+  return static_cast<int64_t>(sizeof(Table) + kBuckets * sizeof(Bucket)) + spilling;
+}
+
 int64_t Table::bytes_unlocked() {
-  int64_t sum = static_cast<int64_t>(sizeof(Table) + kBuckets * sizeof(Bucket)) + slabs_->bytes();
+  int64_t sum = fixed_bytes() + slabs_->bytes();
   for (int b = settings_.first_bucket; b < settings_.bucket_limit; b++) sum += buckets_[static_cast<size_t>(b)].bytes();
   return sum;
 }
@@ -124,7 +147,11 @@ TableStats Table::stats() {
     sum.evicted += bucket.evicted;
     sum.expired += bucket.expired;
     sum.deleted += bucket.dropped;
+    sum.spilled_rows += bucket.spilled();
+    sum.spilled += bucket.written;
+    sum.loaded += bucket.loaded;
   }
+  if (disk_ != nullptr) sum.spilled_bytes = disk_->bytes();
   sum.bytes = bytes_unlocked();
   sum.budget_bytes = settings_.budget_bytes;
   sum.rows_max = rows_max();
@@ -137,7 +164,7 @@ TableStats Table::stats() {
 // ---- pull ----------------------------------------------------------------------------------------------------
 
 template <bool prefetch>
-int64_t Table::pull_part(const int64_t* ids, int64_t count, float* out, bool touch, uint32_t clock) const {
+int64_t Table::pull_part(const int64_t* ids, int64_t count, float* out, bool touch, uint32_t clock, std::vector<int64_t>* spilled) const {
   uint64_t hashes[kRing];
   Bucket::Sight sights[kRing];
   const int64_t bytes = std::min<int64_t>(kRowBytesAhead, static_cast<int64_t>(sizeof(Header)) + settings_.dim * 4);
@@ -167,25 +194,57 @@ int64_t Table::pull_part(const int64_t* ids, int64_t count, float* out, bool tou
     const uint32_t last = found.row == nullptr ? 0 : __atomic_load_n(&found.row->last, __ATOMIC_RELAXED);
     if (found.row == nullptr || has_expired(last, clock)) {
       settings_.level->fill(start_, key_of(hash), to, settings_.dim);
+      if (found.row == nullptr && bucket.spilled() > 0) {
+        bool may_be = false;
+        bucket.each_spilled(hash, [&](uint32_t) { may_be = true; });
+        if (may_be) spilled->push_back(i);
+      }
       continue;
     }
     copy_floats(to, found.row->values(), settings_.dim);
     if (touch && last < clock) __atomic_store_n(&found.row->last, clock, __ATOMIC_RELAXED);
+    if (touch && (__atomic_load_n(&found.row->marks, __ATOMIC_RELAXED) & kWarm)) {
+      __atomic_fetch_and(&found.row->marks, ~kWarm, __ATOMIC_RELAXED);
+    }
     hits++;
   }
   return hits;
 }
 
-int64_t Table::pull(const int64_t* ids, int64_t count, float* out, bool touch, int64_t now, bool prefetch) {
-  std::shared_lock<std::shared_mutex> hold(lock_);
-  const uint32_t clock = advance(step_, now);
+// Rows in memory, and initial values; spilled: the indexes of ids whose rows may be on disk.
+int64_t Table::pull_all(const int64_t* ids, int64_t count, float* out, bool touch, uint32_t clock, bool prefetch,
+                        std::vector<int64_t>* spilled) const {
   std::atomic<int64_t> hits{0};
+  std::mutex adding;
   run_tasks((count + kPart - 1) / kPart, count < kAlone ? 1 : settings_.threads, [&](int64_t part) {
     const int64_t first = part * kPart, n = std::min(kPart, count - first);
     float* to = out + first * settings_.dim;
-    hits += prefetch ? pull_part<true>(ids + first, n, to, touch, clock) : pull_part<false>(ids + first, n, to, touch, clock);
+    std::vector<int64_t> found;
+    hits += prefetch ? pull_part<true>(ids + first, n, to, touch, clock, &found) : pull_part<false>(ids + first, n, to, touch, clock, &found);
+    if (found.empty()) return true;
+    std::lock_guard<std::mutex> hold(adding);
+    for (int64_t i : found) spilled->push_back(first + i);
     return true;
   });
+  return hits;
+}
+
+int64_t Table::pull(const int64_t* ids, int64_t count, float* out, bool touch, int64_t now, bool prefetch) {
+  int64_t hits;
+  std::vector<int64_t> spilled;
+  {
+    std::shared_lock<std::shared_mutex> hold(lock_);
+    const uint32_t clock = advance(step_, now);
+    hits = pull_all(ids, count, out, touch, clock, prefetch, &spilled);
+    if (!spilled.empty() && !touch) hits += pull_spilled(ids, spilled, out, false, clock);
+  }
+  if (!spilled.empty() && touch) {  // again, from the beginning, for it is to be one state of the table
+    std::unique_lock<std::shared_mutex> hold(lock_);
+    const uint32_t clock = advance(step_, now);
+    spilled.clear();
+    hits = pull_all(ids, count, out, touch, clock, prefetch, &spilled);
+    if (!spilled.empty()) hits += pull_spilled(ids, spilled, out, true, clock);
+  }
   hits_ += hits;
   misses_ += count - hits;
   return hits;
@@ -267,16 +326,21 @@ uint32_t Table::advance(int64_t step, int64_t now) {
   return std::max(latest, clock);
 }
 
-// Deletes what has expired by now.
-int64_t Table::expire(Bucket& bucket) {
+// Deletes what has expired by now in the buckets [first, limit).
+int64_t Table::expire(int first, int limit) {
   if (settings_.expire_after == 0) return 0;
-  const int64_t before = bucket.rows();
-  for (uint32_t n = 0; n < bucket.used(); n++) {
-    Header* row = bucket.row(n);
-    if (!row->is_free() && has_expired(row->last, clock_)) bucket.remove({n, row});
+  int64_t expired = 0;
+  for (int b = first; b < limit; b++) {
+    Bucket& bucket = buckets_[static_cast<size_t>(b)];
+    const int64_t before = bucket.rows();
+    for (uint32_t n = 0; n < bucket.used(); n++) {
+      Header* row = bucket.row(n);
+      if (!row->is_free() && has_expired(row->last, clock_)) bucket.remove({n, row});
+    }
+    bucket.expired += before - bucket.rows();
+    expired += before - bucket.rows();
   }
-  bucket.expired += before - bucket.rows();
-  return before - bucket.rows();
+  return expired + (disk_ != nullptr ? expire_spilled(first, limit) : 0);
 }
 
 // The row of an id that is about to be written; value and state of a new one are garbage. None: it is not admitted yet.
@@ -313,13 +377,14 @@ Found Table::obtain(Bucket& bucket, uint64_t hash, int64_t id, const Bucket::Sig
 void Table::push(const int64_t* ids, int64_t count, const float* gradients, const float* scalars, int64_t step, int64_t now) {
   std::unique_lock<std::shared_mutex> hold(lock_);
   const uint32_t clock = advance(step, now);
+  if (disk_ != nullptr) gather(ids, count, false);
   visit(ids, count, gradients, settings_.dim, [&](Bucket& bucket, uint64_t hash, int64_t i, const Bucket::Sight& sight) {
     bool is_new;
     const Found found = obtain(bucket, hash, ids[i], sight, clock, false, &is_new);
     if (found.row == nullptr) return;
     Header& row = *found.row;
     row.last = std::max(row.last, clock);
-    row.marks = std::min(row.count() + kSighting, kCountMax) << 8 | (row.marks & 0xffu) | shape_.followers;
+    row.marks = std::min(row.count() + kSighting, kCountMax) << 8 | (row.marks & kOfConsumers) | shape_.followers;
     const float* gradient = gradients + i * settings_.dim;
     if (!is_new) {
       step_row_(scalars, row.values(), gradient, settings_.dim);
@@ -341,11 +406,12 @@ void Table::put(const int64_t* ids, int64_t count, const float* rows, const floa
                 int64_t now) {
   std::unique_lock<std::shared_mutex> hold(lock_);
   const uint32_t clock = advance(step, now);
+  if (disk_ != nullptr) gather(ids, count, true);
   visit(ids, count, rows, width(), [&](Bucket& bucket, uint64_t hash, int64_t i, const Bucket::Sight& sight) {
     bool is_new;
     Header& row = *obtain(bucket, hash, ids[i], sight, clock, true, &is_new).row;
     row.last = static_cast<uint32_t>(last_seen[i]);
-    row.marks = static_cast<uint32_t>(counts[i] * kSighting) << 8 | (row.marks & 0xffu) | shape_.followers;
+    row.marks = static_cast<uint32_t>(counts[i] * kSighting) << 8 | (row.marks & kOfConsumers) | shape_.followers;
     copy_floats(row.values(), rows + i * width(), width());
   });
 }
@@ -361,7 +427,7 @@ int64_t Table::erase(const int64_t* ids, int64_t count) {
     bucket.dropped++;
     erased++;
   });
-  return erased;
+  return erased + (disk_ != nullptr ? erase_spilled(ids, count) : 0);
 }
 
 int64_t Table::sweep(int64_t step, int64_t now) {
@@ -369,9 +435,8 @@ int64_t Table::sweep(int64_t step, int64_t now) {
   advance(step, now);
   int64_t looked_at = 0, expired = 0;
   for (int i = 0; i < kBuckets && looked_at < kSweepRows; i++) {
-    Bucket& bucket = buckets_[static_cast<size_t>(sweep_next_)];
-    looked_at += bucket.used();
-    expired += expire(bucket);
+    looked_at += buckets_[static_cast<size_t>(sweep_next_)].used();
+    expired += expire(sweep_next_, sweep_next_ + 1);
     sweep_next_ = (sweep_next_ + 1) % kBuckets;
   }
   return expired;
@@ -379,12 +444,11 @@ int64_t Table::sweep(int64_t step, int64_t now) {
 
 // ---- copies --------------------------------------------------------------------------------------------------
 
-void Table::copy_row(const Header* row, Rows* to) const {
-  to->ids.push_back(row->id);
-  const float* values = const_cast<Header*>(row)->values();
-  to->values.insert(to->values.end(), values, values + width());
-  to->counts.push_back(static_cast<float>(row->count()) / kSighting);
-  to->last_seen.push_back(row->last);
+void Table::copy_row(const Header& header, const float* values, int64_t width, Rows* to) {
+  to->ids.push_back(header.id);
+  to->values.insert(to->values.end(), values, values + width);
+  to->counts.push_back(static_cast<float>(header.count()) / kSighting);
+  to->last_seen.push_back(header.last);
 }
 
 // A cursor is bucket << 32 | row number.
@@ -400,9 +464,10 @@ Rows Table::export_rows(int64_t cursor, int64_t limit) {
         found.next = b << 32 | n;
         return found;
       }
-      const Header* row = bucket.row(static_cast<uint32_t>(n));
-      if (!row->is_free() && !has_expired(row->last, clock_)) copy_row(row, &found);
+      Header* row = bucket.row(static_cast<uint32_t>(n));
+      if (!row->is_free() && !has_expired(row->last, clock_)) copy_row(*row, row->values(), width(), &found);
     }
+    if (disk_ != nullptr && !export_spilled(b, from, limit, &found)) return found;
   }
   return found;
 }
@@ -449,16 +514,15 @@ bool Table::changes(const std::string& consumer, int64_t limit, Changes* changes
   if (c < 0) return false;
   const uint32_t mark = 1u << c;
   Progress& progress = progress_[c];
-  for (Bucket& bucket : buckets_) {
-    expire(bucket);
-    progress.restart |= bucket.read_to[c] < bucket.deleted_start;
-  }
+  expire(0, kBuckets);
+  for (const Bucket& bucket : buckets_) progress.restart |= bucket.read_to[c] < bucket.deleted_start;
   changes->restart = progress.restart;
 
   for (Bucket& bucket : buckets_) {
     const uint64_t end = bucket.deleted_start + bucket.deleted.size();
     if (progress.restart) {
       for (uint32_t n = 0; n < bucket.used(); n++) bucket.row(n)->marks |= mark;
+      for (uint32_t u = 0; u < bucket.units(); u++) bucket.unit(u).all |= static_cast<uint8_t>(mark);
     } else {
       changes->deleted.insert(changes->deleted.end(), bucket.deleted.end() - static_cast<int64_t>(end - bucket.read_to[c]), bucket.deleted.end());
     }
@@ -472,25 +536,30 @@ bool Table::changes(const std::string& consumer, int64_t limit, Changes* changes
       bucket.deleted_start = end;
     }
   }
-  progress.restart = false;
 
   const int first = std::max(progress.bucket, 0);
-  progress.bucket = -1;
+  progress = {true, -1};  // should this fail, what was taken is lost
   for (int i = 0; i < kBuckets; i++) {
-    Bucket& bucket = buckets_[static_cast<size_t>((first + i) % kBuckets)];
     if (static_cast<int64_t>(changes->written.ids.size()) >= limit) {
       progress.bucket = (first + i) % kBuckets;
       changes->more = true;
       break;
     }
-    for (uint32_t n = 0; n < bucket.used(); n++) {
-      Header* row = bucket.row(n);
-      if (row->is_free() || !(row->marks & mark)) continue;
-      row->marks &= ~mark;
-      copy_row(row, &changes->written);
-    }
+    changes_of(buckets_[static_cast<size_t>((first + i) % kBuckets)], mark, &changes->written);
   }
+  progress.restart = false;
   return true;
+}
+
+// Takes the rows that are marked, and takes the mark from them.
+void Table::changes_of(Bucket& bucket, uint32_t mark, Rows* to) {
+  for (uint32_t n = 0; n < bucket.used(); n++) {
+    Header* row = bucket.row(n);
+    if (row->is_free() || !(row->marks & mark)) continue;
+    row->marks &= ~mark;
+    copy_row(*row, row->values(), width(), to);
+  }
+  if (disk_ != nullptr) changes_spilled(bucket, mark, to);
 }
 
 }  // namespace headwater

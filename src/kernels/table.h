@@ -1,14 +1,20 @@
 // A table: 256 buckets, worked on by threads; the row policy; the delta stream.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
+#include <deque>
 #include <memory>
+#include <mutex>
 #include <shared_mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "bucket.h"
+#include "disk.h"
 #include "rows.h"
 #include "slabs.h"
 
@@ -27,6 +33,8 @@ struct TableSettings {
   double decay;
   int64_t budget_bytes;  // 0: no limit
   Victim victim;
+  bool spills;
+  std::string spill_folder;
   int first_bucket, bucket_limit;
   int threads;
   const RowLevel* level;
@@ -47,17 +55,19 @@ struct Changes {
 };
 
 struct TableStats {
-  int64_t rows, bytes, budget_bytes, rows_max, step;
-  int64_t admitted, refused, evicted, expired, deleted, hits, misses;
+  int64_t rows, spilled_rows, bytes, budget_bytes, spilled_bytes, rows_max, step;
+  int64_t admitted, refused, evicted, expired, deleted, spilled, loaded, hits, misses;
 };
 
+constexpr int64_t kDecaySteps = 1000;
 constexpr int64_t kStepMax = 0xfffffffe;  // the largest step, and the largest time in seconds
 
 // It can be shared between threads: calls that change rows exclude each other and readers. Arguments are checked by the caller.
 class Table {
  public:
-  // Throws std::invalid_argument for a budget that is too small.
+  // Throws std::invalid_argument for a budget that is too small, std::system_error when there can be no file to spill to.
   explicit Table(const TableSettings& settings);
+  ~Table();
 
   int64_t width() const { return settings_.dim + static_cast<int64_t>(settings_.initial_slots.size()); }
   const TableSettings& settings() const { return settings_; }
@@ -67,6 +77,7 @@ class Table {
   int64_t pull(const int64_t* ids, int64_t count, float* out, bool touch, int64_t now, bool prefetch);
   void push(const int64_t* ids, int64_t count, const float* gradients, const float* scalars, int64_t step, int64_t now);
   void put(const int64_t* ids, int64_t count, const float* rows, const float* counts, const int64_t* last_seen, int64_t step, int64_t now);
+  void prefetch(const int64_t* ids, int64_t count);
   int64_t erase(const int64_t* ids, int64_t count);
   int64_t sweep(int64_t step, int64_t now);
   Rows export_rows(int64_t cursor, int64_t limit);
@@ -92,15 +103,44 @@ class Table {
 
   int64_t set_shape(int64_t budget);
   void plan_budget();
+  int64_t fixed_bytes() const;
+  // That are brought in at a time ahead of their use.
+  int64_t warm_rows() const { return std::max<int64_t>(16, (128 << 10) / shape_.row_bytes); }
   int64_t bytes_unlocked();
   template <bool prefetch>
-  int64_t pull_part(const int64_t* ids, int64_t count, float* out, bool touch, uint32_t clock) const;
+  int64_t pull_part(const int64_t* ids, int64_t count, float* out, bool touch, uint32_t clock, std::vector<int64_t>* spilled) const;
+  int64_t pull_all(const int64_t* ids, int64_t count, float* out, bool touch, uint32_t clock, bool prefetch, std::vector<int64_t>* spilled) const;
   Found obtain(Bucket& bucket, uint64_t hash, int64_t id, const Bucket::Sight& sight, uint32_t clock, bool admit, bool* is_new);
   template <class Visit>
   void visit(const int64_t* ids, int64_t count, const float* data, int64_t width, Visit visit);
-  void copy_row(const Header* row, Rows* to) const;
-  int64_t expire(Bucket& bucket);
+  static void copy_row(const Header& header, const float* values, int64_t width, Rows* to);
+  int64_t expire(int first, int limit);
   int consumer_of(const std::string& name) const;
+  void changes_of(Bucket& bucket, uint32_t mark, Rows* to);
+
+  // ---- spilling (table_spill.cpp) ----
+  struct Need;
+  struct Want;
+  struct Wants;
+  Bucket& bucket_at(uint64_t hash) { return buckets_[static_cast<size_t>(bucket_of(hash))]; }
+  // Spills rows until there is room. When that fails, nothing has changed but where rows lie.
+  void make_room(const std::vector<Need>& needs);
+  // Brings rows of ids that are about to be written into memory, with room for those that will be new.
+  void gather(const int64_t* ids, int64_t count, bool admit);
+  void unpin(const int64_t* ids, int64_t count);
+  int64_t pull_spilled(const int64_t* ids, const std::vector<int64_t>& which, float* out, bool touch, uint32_t clock);
+  int64_t erase_spilled(const int64_t* ids, int64_t count);
+  int64_t expire_spilled(int first, int limit);
+  bool export_spilled(int64_t bucket, int64_t from, int64_t limit, Rows* to);  // false: the limit is reached
+  void changes_spilled(Bucket& bucket, uint32_t mark, Rows* to);
+  // Reads the units of wants, and calls take(want, stored row) for each whose id is at its place, one at a time.
+  template <class Take>
+  void read_wanted(const Wants& wants, Take take);
+  // Reads units and calls take(index, buffer), several at a time.
+  void read_units(const std::vector<std::pair<Bucket*, uint32_t>>& units, const std::function<void(int64_t, const char*)>& take);
+  void give_unit(uint32_t file) { if (file != kNone) disk_->give(file); }
+  void warm();
+  void warm_batch(const std::vector<int64_t>& ids);
 
   const TableSettings settings_;
   Start start_;
@@ -119,6 +159,15 @@ class Table {
     bool restart = false;
     int bucket = -1;       // where the next call goes on, when there was more
   } progress_[kConsumersMax];
+
+  std::unique_ptr<Disk> disk_;
+  std::mutex moving_;  // of those who take what was read
+  // The thread that brings in what will be wanted.
+  std::thread warmer_;
+  std::mutex warming_;  // guards what follows
+  std::condition_variable has_batch_;
+  std::deque<std::vector<int64_t>> batches_;
+  bool is_closing_ = false;
 };
 
 }  // namespace headwater

@@ -222,7 +222,7 @@ class PyTable {
  public:
   PyTable(int64_t dim, const std::string& optimizer, const std::vector<double>& initial_slots, nb::int_ seed, const std::string& initial,
           double scale, int64_t admit_after, int64_t expire_steps, double expire_s, double decay, int64_t budget_bytes,
-          const std::string& when_full, const std::string& evict, const std::string&, std::pair<int, int> buckets, int threads, const std::string& level)
+          const std::string& when_full, const std::string& evict, const std::string& spill_folder, std::pair<int, int> buckets, int threads, const std::string& level)
       : rule_(rule_of(optimizer)) {
     TableSettings s = {};
     within("dim", static_cast<double>(dim), 1, kDimMax);
@@ -252,7 +252,9 @@ class PyTable {
     s.decay = decay;
     if (budget_bytes < 0) refuse("Expected budget_bytes of 0 or more, got " + text(budget_bytes) + ".");
     s.budget_bytes = budget_bytes;
-    if (when_full != "evict") refuse("Expected when_full to be evict, got " + when_full + ".");
+    s.spills = choice<bool>("when_full", when_full, {{"evict", false}, {"spill", true}});
+    s.spill_folder = spill_folder;
+    if (s.spills && (budget_bytes == 0 || spill_folder.empty())) refuse("Expected budget_bytes and spill_folder to spill, got one missing.");
     s.victim = choice<Victim>("evict", evict, {{"lru", Victim::lru}, {"lfu", Victim::lfu}});
     if (buckets.first < 0 || buckets.first >= buckets.second || buckets.second > kBuckets) {
       refuse("Expected buckets [first, limit) within [0, 256), got [" + text(buckets.first) + ", " + text(buckets.second) + ").");
@@ -305,6 +307,12 @@ class PyTable {
     check_budget(count);
     nb::gil_scoped_release released;
     table_->put(ids.data(), count, rows.data(), counts.data(), last_seen.data(), step, time);
+  }
+
+  void prefetch(nb::handle ids_object) {
+    const Array<const int64_t> ids = ids_here(ids_object);
+    nb::gil_scoped_release released;
+    table_->prefetch(ids.data(), ids.side(0));
   }
 
   int64_t erase(nb::handle ids_object) {
@@ -364,9 +372,10 @@ class PyTable {
     }
     nb::dict found;
     const std::pair<const char*, int64_t> all[] = {
-        {"rows", now.rows}, {"bytes", now.bytes}, {"budget_bytes", now.budget_bytes}, {"rows_max", now.rows_max}, {"step", now.step},
+        {"rows", now.rows}, {"spilled_rows", now.spilled_rows}, {"bytes", now.bytes}, {"budget_bytes", now.budget_bytes},
+        {"spilled_bytes", now.spilled_bytes}, {"rows_max", now.rows_max}, {"step", now.step},
         {"admitted", now.admitted}, {"refused", now.refused}, {"evicted", now.evicted}, {"expired", now.expired},
-        {"deleted", now.deleted}, {"hits", now.hits}, {"misses", now.misses},
+        {"deleted", now.deleted}, {"spilled", now.spilled}, {"loaded", now.loaded}, {"hits", now.hits}, {"misses", now.misses},
     };
     for (const auto& [name, value] : all) found[name] = value;
     return found;
@@ -441,6 +450,7 @@ void add_tables(nb::module_& m) {
       .def("pull", &PyTable::pull, "ids"_a, "out"_a, nb::kw_only(), "touch"_a, "now"_a, "prefetch"_a = true)
       .def("push", &PyTable::push, "ids"_a, "gradients"_a, "scalars"_a, nb::kw_only(), "step"_a, "now"_a)
       .def("put", &PyTable::put, "ids"_a, "rows"_a, "counts"_a, "last_seen"_a, nb::kw_only(), "step"_a, "now"_a)
+      .def("prefetch", &PyTable::prefetch, "ids"_a)
       .def("delete", &PyTable::erase, "ids"_a)
       .def("sweep", &PyTable::sweep, nb::kw_only(), "step"_a, "now"_a)
       .def("export", &PyTable::export_rows, "cursor"_a = 0, "limit"_a = 1 << 16)
