@@ -13,7 +13,7 @@ namespace headwater {
 namespace {
 
 constexpr int64_t kChunkBytes = 8 << 10;    // at most, unless a row is larger
-constexpr int64_t kSpillChunkBytes = 32 << 10;  // with spilling: chunks are whole pages, to be given back
+constexpr int64_t kSpillChunkBytes = 128 << 10; // with spilling: chunks are whole pages, to be given back
 constexpr int64_t kChunksMin = 8;           // of a bucket, in a budget
 constexpr int64_t kPage = 4096;
 constexpr int64_t kBudgetSlack = 32;        // this part of a budget is left for what is allocated and not yet used

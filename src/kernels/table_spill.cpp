@@ -183,6 +183,7 @@ void Table::make_room(const std::vector<Need>& needs) {
       drop_all();
       throw;
     }
+    std::vector<Bucket*> settled;
     while (!pages.empty()) {
       auto& [bucket, page] = pages.back();
       try {
@@ -191,9 +192,10 @@ void Table::make_room(const std::vector<Need>& needs) {
         drop_all();
         throw;
       }
-      bucket->settle_room(0);
+      if (settled.empty() || settled.back() != bucket) settled.push_back(bucket);
       pages.pop_back();
     }
+    for (Bucket* bucket : settled) bucket->settle_room(0);  // not before: it moves rows
   }
   for (const Need& need : needs) need.bucket->settle_room(need.entries);
 }
