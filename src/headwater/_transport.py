@@ -39,7 +39,6 @@ Sink = Callable[[AnyMessage, int], memoryview]
 Arrived = Callable[[int, int], None]
 _READ_BYTES = 1 << 16
 _HELD_BYTES = 1 << 14
-_FDS_MAX = 8
 
 
 class Received(NamedTuple):
@@ -236,7 +235,7 @@ class SocketConnection:
     def _read(self, view: memoryview, with_fds: bool) -> int:
         if not (with_fds and self.can_share):
             return self._read_into(view)  # descriptors that nobody asked for are dropped by the kernel
-        count, ancillary, _, _ = self._socket.recvmsg_into([view], socket.CMSG_SPACE(_FDS_MAX * 4))
+        count, ancillary, _, _ = self._socket.recvmsg_into([view], socket.CMSG_SPACE(_limits.DESCRIPTORS * 4))
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 self._fds += array.array("i", data[: len(data) - len(data) % 4])
