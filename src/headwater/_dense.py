@@ -7,8 +7,8 @@ for float32 and float64), the optimizer's slots. It lies on two *sides*: a commi
 `Flip` makes that the state. Until then nothing has happened, so a commit with a bad gradient leaves no trace.
 
 Who may touch what: a worker's inbox is the worker's from Attach to its push, and the server's from the push to the commit.
-In shared memory workers read parameters where they lie. Under BSP the other side is written only once all of them have pushed again. Else, with one
-server, there are as many parameter buffers as to leave one that nobody reads; with several, pulls copy.
+In shared memory workers read parameters where they lie. Under BSP the other side is written only once all of them have pushed again.
+Else, with one server, there are as many parameter buffers as to leave one that nobody reads; with several, pulls copy.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ class Shard:
         self._workers: dict[int, _Worker] = {}
         self._prepared = False
         self._foreseen: Foreseen | None = None  # any request that changes what it rests on drops it
+        self._standing: Foreseen | None = None  # what is prepared was foreseen
         self._runs: dict[tuple[int, bytes], np.ndarray] = {}  # by slice and cells
 
     # What the coordinator says.
@@ -125,14 +126,14 @@ class Shard:
 
     def _prepare(self, request: Prepare) -> Prepared:
         foreseen, self._foreseen = self._foreseen, None
-        self._prepared = False
+        self._prepared, self._standing = False, None
         self._target = self._free_side()
         for number, spec in enumerate(request.commits):
             missing = self._missing_push(spec)
             if missing is not None:
                 return Prepared((number, missing, -1, -1))
         if foreseen is not None and foreseen.is_whole and request.commits == (foreseen.spec,):
-            self._prepared = foreseen.has_counted = True
+            self._prepared, self._standing = True, foreseen
             return Prepared()
         sums = []
         for i, s in enumerate(self.part.slices):
@@ -179,6 +180,8 @@ class Shard:
             if not self._prepared:
                 raise InternalError("Expected a prepared commit before a flip, got none.")
             self.side, self._half = self._target, 1 - self._half
+            if self._standing is not None:
+                self._standing.has_counted = True
             self._prepared = False
         self.commit = request.commit
         return Done()

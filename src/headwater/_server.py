@@ -381,11 +381,9 @@ class _Handler:
         is_worker = self.role in ("worker", "data")
         if isinstance(message, (Seal, Push)) and is_worker:
             inbox = self._shard.inbox(self._identity, size)
-            self._carried = True
+            self._carried, self._foreseen, self._streamed = True, None, 0
             if isinstance(message, Seal) and message.pull == "sent" and size > _limits.PIECE_BYTES:
-                spec = self._job().foresee(self._identity, message)
-                self._foreseen = None if spec is None else self._shard.foresee(spec)
-                self._streamed = 0
+                self._foreseen = self._job().foresee(self._identity, message)
             return inbox
         if isinstance(message, Put) and is_worker:
             expected = self._shard.plane_bytes(message.plane)
