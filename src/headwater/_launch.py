@@ -73,7 +73,7 @@ class LocalJob:
 
     def _start_server(self, i: int) -> None:
         listen = "tcp://127.0.0.1:0" if self.transport == "tcp" else f"unix://{self._folder}/{i}"
-        command = [sys.executable, "-m", "headwater", "server", "--listen", listen, "--stop-with-input"]
+        command = [sys.executable, "-P", "-m", "headwater", "server", "--listen", listen, "--stop-with-input"]
         command += ["--threads", str(max(1, _cores() // self.server_count))]
         if i == 0:
             command += ["--workers", str(self.worker_count), "--servers", str(self.server_count)]
