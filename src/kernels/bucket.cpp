@@ -8,7 +8,6 @@
 namespace headwater {
 namespace {
 
-constexpr int kDraws = 8;              // rows of which the worst goes
 constexpr int64_t kDeletedMin = 1024;  // ids
 constexpr size_t kNeighbours = 8;
 constexpr uint32_t kRowsAhead = 4;
@@ -181,49 +180,57 @@ bool Bucket::grow_rows() {
   return true;
 }
 
-template <class Visit>
-void Bucket::draw_victims(uint64_t draw, Visit visit) const {
-  for (int i = 0; i < kDraws; i += 2) {
-    const uint64_t bits = mix64(shape_->seed ^ mix64((static_cast<uint64_t>(number_) << 56) + (draw * kDraws) + static_cast<uint64_t>(i)));
-    visit(static_cast<uint32_t>((bits & 0xffffffffu) * used_ >> 32));
-    visit(static_cast<uint32_t>((bits >> 32) * used_ >> 32));
-  }
+// A macro's work: the compiler takes a function that only prefetches for one that does nothing.
+__attribute__((always_inline)) inline void Bucket::ask_for(const Header* row) const {
+  const char* start = reinterpret_cast<const char*>(row);
+  for (int64_t at = 0; at < std::min(shape_->row_bytes, kRowBytesAhead); at += 64) __builtin_prefetch(start + at, 1);
 }
 
-// kNone: all that were drawn are free.
-uint32_t Bucket::best_victim(uint64_t draw) const {
-  uint32_t best = kNone;
-  uint64_t best_key = UINT64_MAX;
-  draw_victims(draw, [&](uint32_t number) {
+void Bucket::draw_rows() {
+  for (int i = 0; i < kDraws; i += 2) {
+    const uint64_t bits = mix64(shape_->seed ^ mix64((static_cast<uint64_t>(number_) << 56) + draws_++));
+    drawn_[i] = static_cast<uint32_t>((bits & 0xffffffffu) * used_ >> 32);
+    drawn_[i + 1] = static_cast<uint32_t>((bits >> 32) * used_ >> 32);
+  }
+  for (uint32_t number : drawn_) __builtin_prefetch(row(number));
+}
+
+// The worst quarter of those that were drawn go next. Then others are drawn: they come from memory while these are used up.
+void Bucket::choose_victims() {
+  struct Key {
+    uint64_t key;
+    uint32_t number;
+  };
+  Key keys[kDraws];
+  int count = 0;
+  for (uint32_t number : drawn_) {
     const Header* header = row(number);
-    if (header->is_free()) return;
-    const uint64_t last = header->last, count = header->count();
-    const uint64_t key = shape_->victim == Victim::lru ? last << 24 | count : count << 32 | last;
-    if (key < best_key) {
-      best_key = key;
-      best = number;
-    }
-  });
-  return best;
+    if (header->is_free()) continue;
+    const uint64_t last = header->last, seen = header->count();
+    keys[count++] = {shape_->victim == Victim::lru ? last << 24 | seen : seen << 32 | last, number};
+  }
+  const int wanted = std::min(count, kVictims);
+  std::partial_sort(keys, keys + wanted, keys + count, [](const Key& a, const Key& b) { return a.key < b.key; });
+  for (victim_count_ = 0; victim_count_ < wanted; victim_count_++) {
+    const uint32_t number = keys[wanted - 1 - victim_count_].number;  // the worst comes last, and goes first
+    victims_[victim_count_] = {number, row(number)->last};
+    prefetch_line(hash_of(row(number)->id));
+    ask_for(row(number));
+  }
+  draw_rows();
 }
 
 void Bucket::make_room() {
-  if (planned_.row == nullptr || planned_.row->last != planned_last_ || planned_.row->is_free()) {
-    uint32_t number;
-    while ((number = best_victim(draws_++)) == kNone) {}
-    planned_ = {number, row(number)};
+  if (draws_ == 0) draw_rows();
+  for (;;) {
+    while (victim_count_ == 0) choose_victims();
+    const auto [number, last] = victims_[--victim_count_];
+    Header* header = row(number);
+    if (header->is_free() || header->last != last) continue;  // gone or seen since it was chosen, or drawn twice
+    remove({number, header});
+    evicted++;
+    return;
   }
-  remove(planned_);
-  evicted++;
-  // The next victim's index line, and the rows to choose the one after it from, come while others work.
-  const uint32_t next = rows_ == 0 ? kNone : best_victim(draws_++);
-  planned_ = {};
-  if (next != kNone) {
-    planned_ = {next, row(next)};
-    planned_last_ = planned_.row->last;
-    prefetch_line(hash_of(planned_.row->id));
-  }
-  draw_victims(draws_, [&](uint32_t number) { __builtin_prefetch(row(number)); });
 }
 
 Found Bucket::insert(uint64_t hash, int64_t id, uint32_t clock) {
@@ -242,10 +249,7 @@ Found Bucket::insert(uint64_t hash, int64_t id, uint32_t clock) {
   rows_++;
   // The rows that come next, for they are written soon and come from far away.
   const uint32_t ahead = used_ + kRowsAhead;
-  if (ahead < chunks_.size() << shape_->shift) {
-    const char* start = reinterpret_cast<const char*>(row(ahead));
-    for (int64_t at = 0; at < std::min(shape_->row_bytes, kRowBytesAhead); at += 64) __builtin_prefetch(start + at, 1);
-  }
+  if (ahead < chunks_.size() << shape_->shift) ask_for(row(ahead));
   found.row->id = id;
   found.row->last = clock;
   found.row->marks = 0;

@@ -30,6 +30,7 @@ constexpr uint32_t kRowsMax = 1u << 23;         // of a bucket, in memory
 constexpr uint32_t kSighting = 16;              // counts are in sixteenths
 constexpr uint32_t kCountMax = (1u << 24) - 1;  // in sixteenths
 constexpr int kConsumersMax = 8;
+constexpr int kDraws = 16, kVictims = 4;  // rows that are drawn at a time, and how many of them go
 constexpr int64_t kRowBytesAhead = 512;  // of a row, that is asked for ahead of its use; the CPU sees by itself how it goes on
 
 struct __attribute__((packed, aligned(4))) Header {
@@ -111,24 +112,24 @@ class alignas(64) Bucket {
   // Three looks ahead, each at what the one before has asked for: the line of an id's home; its row, or the next line when the
   // home was full; and then the row that the next line has. `bytes` of a row are asked for.
   struct Sight {
-    Found row;               // most likely the id's
+    Found found;             // most likely the id's
     bool is_passed = false;  // a third look may find it
   };
-  void prefetch_line(uint64_t hash) const { __builtin_prefetch(&lines_[home(hash)]); }
-  Sight prefetch_row(uint64_t hash, int64_t bytes) const {
+  __attribute__((always_inline)) void prefetch_line(uint64_t hash) const { __builtin_prefetch(&lines_[home(hash)]); }
+  // Written field by field: a copy of it would have to wait for its parts.
+  void prefetch_row(uint64_t hash, int64_t bytes, Sight* sight) const {
     const int64_t at = home(hash);
-    const Found found = prefetch_match(lines_[at], hash, bytes);
-    const bool is_passed = found.row == nullptr && lines_[at].passed != 0;
-    if (is_passed) __builtin_prefetch(&lines_[next(at)]);
-    return {found, is_passed};
+    prefetch_match(lines_[at], hash, bytes, sight);
+    sight->is_passed = sight->found.row == nullptr && lines_[at].passed != 0;
+    if (sight->is_passed) __builtin_prefetch(&lines_[next(at)]);
   }
-  Sight prefetch_passed_row(uint64_t hash, int64_t bytes) const {
-    return {prefetch_match(lines_[next(home(hash))], hash, bytes), false};
+  void prefetch_passed_row(uint64_t hash, int64_t bytes, Sight* sight) const {
+    if (sight->is_passed) prefetch_match(lines_[next(home(hash))], hash, bytes, sight);
   }
 
   Found find(uint64_t hash, int64_t id, const Sight& sight) const {
-    const Header* row = sight.row.row;
-    return row != nullptr && row->id == id && !row->is_free() ? sight.row : find(hash, id);
+    const Header* row = sight.found.row;
+    return row != nullptr && row->id == id && !row->is_free() ? sight.found : find(hash, id);
   }
   Found find(uint64_t hash, int64_t id) const {
     const uint32_t tag = tag_of(hash);
@@ -170,14 +171,16 @@ class alignas(64) Bucket {
     return static_cast<int64_t>((hash >> 24 & 0xffffffffu) * static_cast<uint64_t>(line_count_) >> 32);
   }
   int64_t next(int64_t line) const { return line + 1 == line_count_ ? 0 : line + 1; }
-  Found prefetch_match(const Line& line, uint64_t hash, int64_t bytes) const {
+  void prefetch_match(const Line& line, uint64_t hash, int64_t bytes, Sight* sight) const {
     const uint32_t mask = match(line, tag_of(hash));
-    if (mask == 0) return {};
+    sight->found.row = nullptr;
+    if (mask == 0) return;
     const uint32_t number = line.slots[__builtin_ctz(mask)] & numbers_;
-    const char* start = reinterpret_cast<const char*>(row(number));
+    sight->found.number = number;
+    sight->found.row = row(number);
+    const char* start = reinterpret_cast<const char*>(sight->found.row);
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(start + at);
     __builtin_prefetch(start + bytes - 1);
-    return {number, row(number)};
   }
   uint32_t tag_of(uint64_t hash) const {
     const uint32_t tag = static_cast<uint32_t>(hash) & ~numbers_;
@@ -205,9 +208,9 @@ class alignas(64) Bucket {
   bool grow_rows();   // likewise
   int64_t charged() const;
   void make_room();
-  uint32_t best_victim(uint64_t draw) const;
-  template <class Visit>
-  void draw_victims(uint64_t draw, Visit visit) const;
+  void ask_for(const Header* row) const;
+  void draw_rows();
+  void choose_victims();
 
   struct Free {
     void operator()(Line* lines) const { std::free(lines); }
@@ -224,8 +227,11 @@ class alignas(64) Bucket {
   int64_t rows_ = 0;
   uint64_t decayed_ = 0;  // periods
   uint64_t draws_ = 0;
-  Found planned_;  // the next victim, unless it is used before; its index line is on its way
-  uint32_t planned_last_ = 0;
+  uint32_t drawn_[kDraws] = {};
+  struct {
+    uint32_t number, last;
+  } victims_[kVictims];
+  int victim_count_ = 0;
 };
 
 constexpr int64_t kLineRows = 13;  // on average, at most

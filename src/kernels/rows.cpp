@@ -133,8 +133,20 @@ void step(const float* scalars, float* row, const float* gradient, int64_t dim) 
   for (; i < dim; i++) take<Rule, float>(rule, row, gradient, dim, i);
 }
 
-// One accumulator a row: the mean of the squares. Lane i of sixteen sums the elements i, i + 16, …; then lane i takes lane
-// i + 8, i + 4, i + 2, i + 1.
+// Lane i takes lane i + 8, then i + 4, i + 2, i + 1.
+inline float sum_of(const Floats& lanes) {
+  typedef float Eight __attribute__((vector_size(32)));
+  typedef float Four __attribute__((vector_size(16)));
+  Eight eights[2];
+  __builtin_memcpy(eights, &lanes, sizeof lanes);
+  eights[0] += eights[1];
+  Four fours[2];
+  __builtin_memcpy(fours, &eights[0], sizeof fours);
+  fours[0] += fours[1];
+  return (fours[0][0] + fours[0][2]) + (fours[0][1] + fours[0][3]);
+}
+
+// One accumulator a row: the mean of the squares. Lane i of sixteen sums the elements i, i + 16, ….
 void step_rowwise(const float* s, float* row, const float* gradient, int64_t dim) {
   const float lr = s[0], decay = s[1], eps = s[2];
   Floats sums = {};
@@ -146,16 +158,16 @@ void step_rowwise(const float* s, float* row, const float* gradient, int64_t dim
     const Floats d = g + decay * w;
     sums += d * d;
   }
-  float lanes[kLanes];
-  store(lanes, sums);
-  for (int64_t j = i; j < dim; j++) {
-    const float d = gradient[j] + decay * row[j];
-    lanes[j - i] += d * d;
+  if (i < dim) {
+    float lanes[kLanes];
+    store(lanes, sums);
+    for (int64_t j = i; j < dim; j++) {
+      const float d = gradient[j] + decay * row[j];
+      lanes[j - i] += d * d;
+    }
+    load(sums, lanes);
   }
-  for (int width = 8; width > 0; width /= 2) {
-    for (int j = 0; j < width; j++) lanes[j] += lanes[j + width];
-  }
-  row[dim] += lanes[0] / static_cast<float>(dim);
+  row[dim] += sum_of(sums) / static_cast<float>(dim);
   const float scale = root(row[dim]) + eps;
   for (i = 0; i + kLanes <= dim; i += kLanes) {
     Floats g, w;
@@ -171,38 +183,73 @@ void step_rowwise(const float* s, float* row, const float* gradient, int64_t dim
   }
 }
 
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+
 // 32 bits for position i: both halves of the key go in, with a full mix in between.
-inline uint32_t draw(uint64_t key, uint32_t i) {
-  uint32_t x = static_cast<uint32_t>(key) + i * 0x9e3779b9u;
+template <class W>
+inline void draw(W& x, uint64_t key, const W& i) {
+  x = static_cast<uint32_t>(key) + i * 0x9e3779b9u;
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = (x ^ (x >> 15)) * 0x846ca68bu;
   x ^= static_cast<uint32_t>(key >> 32) ^ (x >> 16);
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = (x ^ (x >> 15)) * 0x846ca68bu;
-  return x ^ (x >> 16);
+  x ^= x >> 16;
 }
 
-inline int32_t halves(uint32_t x) { return static_cast<int32_t>((x & 0xffffu) + (x >> 16)); }
+inline void to_floats(float& to, const uint32_t& from) { to = static_cast<float>(static_cast<int32_t>(from)); }
+inline void to_floats(Floats& to, const Words& from) { to = __builtin_convertvector((Ints)from, Floats); }
 
-void fill(const Start& start, uint64_t key, float* __restrict out, int64_t dim) {
-  const uint32_t n = static_cast<uint32_t>(dim);
-  const float scale = start.scale;
+struct Uniform {
+  static constexpr uint32_t kDraws = 1;
+  template <class W, class F>
+  static inline void take(F& value, uint64_t key, const W& i) {
+    W x;
+    draw(x, key, i);
+    to_floats(value, W(x >> 8));
+    value = value * 0x1p-23f - 1.0f;
+  }
+};
+
+// The sum of eight uniform numbers of 16 bits.
+struct Normal {
+  static constexpr uint32_t kDraws = 4;
+  template <class W, class F>
+  static inline void take(F& value, uint64_t key, const W& i) {
+    W sum = i - i;
+    for (uint32_t k = 0; k < kDraws; k++) {
+      W x;
+      draw(x, key, W(i * kDraws + k));
+      sum += (x & 0xffffu) + (x >> 16);
+    }
+    to_floats(value, sum);
+    value = value - 262140.0f;
+  }
+};
+
+template <class Kind>
+void fill_with(float scale, uint64_t key, float* out, int64_t dim) {
+  constexpr Words kFirst = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  int64_t i = 0;
+  for (; i + kLanes <= dim; i += kLanes) {
+    Floats values;
+    Kind::take(values, key, Words(kFirst + static_cast<uint32_t>(i)));
+    store(out + i, Floats(values * scale));
+  }
+  for (; i < dim; i++) {
+    Kind::take(out[i], key, static_cast<uint32_t>(i));
+    out[i] *= scale;
+  }
+}
+
+void fill(const Start& start, uint64_t key, float* out, int64_t dim) {
   switch (start.kind) {
     case Initial::constant:
-      for (uint32_t i = 0; i < n; i++) out[i] = scale;
+      for (int64_t i = 0; i < dim; i++) out[i] = start.scale;
       return;
-    case Initial::uniform:
-      for (uint32_t i = 0; i < n; i++) {
-        out[i] = (static_cast<float>(static_cast<int32_t>(draw(key, i) >> 8)) * 0x1p-23f - 1.0f) * scale;
-      }
-      return;
-    case Initial::normal:
-      for (uint32_t i = 0; i < n; i++) {
-        const int32_t sum = halves(draw(key, 4 * i)) + halves(draw(key, 4 * i + 1)) + halves(draw(key, 4 * i + 2)) +
-                            halves(draw(key, 4 * i + 3));
-        out[i] = static_cast<float>(sum - 262140) * scale;
-      }
-      return;
+    case Initial::uniform: return fill_with<Uniform>(start.scale, key, out, dim);
+    case Initial::normal: return fill_with<Normal>(start.scale, key, out, dim);
   }
 }
 

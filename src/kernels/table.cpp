@@ -151,11 +151,11 @@ int64_t Table::pull_part(const int64_t* ids, int64_t count, float* out, bool tou
       }
       if (i + kRowAhead >= 0 && i + kRowAhead < count) {
         const uint64_t hash = hashes[(i + kRowAhead) % kRing];
-        sights[(i + kRowAhead) % kRing] = bucket_at(hash).prefetch_row(hash, bytes);
+        bucket_at(hash).prefetch_row(hash, bytes, &sights[(i + kRowAhead) % kRing]);
       }
-      if (i + kPassedAhead >= 0 && i + kPassedAhead < count && sights[(i + kPassedAhead) % kRing].is_passed) {
+      if (i + kPassedAhead >= 0 && i + kPassedAhead < count) {
         const uint64_t hash = hashes[(i + kPassedAhead) % kRing];
-        sights[(i + kPassedAhead) % kRing] = bucket_at(hash).prefetch_passed_row(hash, bytes);
+        bucket_at(hash).prefetch_passed_row(hash, bytes, &sights[(i + kPassedAhead) % kRing]);
       }
       if (i < 0) continue;
     }
@@ -239,11 +239,11 @@ void Table::visit(const int64_t* ids, int64_t count, const float* data, int64_t 
       bucket.decay(settings_.decay, static_cast<uint64_t>(period));
       for (int64_t i = begin - kLineAhead; i < end; i++) {
         if (i + kLineAhead < end) bucket.prefetch_line(sorted.hash(i + kLineAhead));
-        if (i + kPassedAhead >= begin && i + kPassedAhead < end && sights[(i + kPassedAhead) % kRing].is_passed) {
-          sights[(i + kPassedAhead) % kRing] = bucket.prefetch_passed_row(sorted.hash(i + kPassedAhead), row_bytes);
+        if (i + kPassedAhead >= begin && i + kPassedAhead < end) {
+          bucket.prefetch_passed_row(sorted.hash(i + kPassedAhead), row_bytes, &sights[(i + kPassedAhead) % kRing]);
         }
         if (i + kRowAhead >= begin && i + kRowAhead < end) {
-          sights[(i + kRowAhead) % kRing] = bucket.prefetch_row(sorted.hash(i + kRowAhead), row_bytes);
+          bucket.prefetch_row(sorted.hash(i + kRowAhead), row_bytes, &sights[(i + kRowAhead) % kRing]);
           const float* row = data + sorted.source(i + kRowAhead) * width;
           for (int64_t at = 0; at < std::min(width * 4, kRowBytesAhead); at += 64) __builtin_prefetch(row + at / 4);
         }
@@ -279,15 +279,16 @@ int64_t Table::expire(Bucket& bucket) {
   return before - bucket.rows();
 }
 
-// The row of an id that is about to be written; a new one has its initial value and state. None: it is not admitted yet.
-Found Table::obtain(Bucket& bucket, uint64_t hash, int64_t id, const Bucket::Sight& sight, uint32_t clock, bool admit) {
+// The row of an id that is about to be written; value and state of a new one are garbage. None: it is not admitted yet.
+Found Table::obtain(Bucket& bucket, uint64_t hash, int64_t id, const Bucket::Sight& sight, uint32_t clock, bool admit, bool* is_new) {
   Found found = bucket.find(hash, id, sight);
   if (found.row != nullptr && has_expired(found.row->last, clock)) {
     bucket.remove(found);
     bucket.expired++;
     found = {};
   }
-  if (found.row != nullptr) return found;
+  *is_new = found.row == nullptr;
+  if (!*is_new) return found;
   uint32_t count = 0;
   if (settings_.admit_after > 1) {
     const uint32_t last = bucket.candidates.last_seen(id, hash);
@@ -306,8 +307,6 @@ Found Table::obtain(Bucket& bucket, uint64_t hash, int64_t id, const Bucket::Sig
   found = bucket.insert(hash, id, clock);
   found.row->set_count(count);
   bucket.admitted++;
-  settings_.level->fill(start_, key_of(hash), found.row->values(), settings_.dim);
-  copy_floats(found.row->values() + settings_.dim, settings_.initial_slots.data(), shape_.slots);
   return found;
 }
 
@@ -315,12 +314,26 @@ void Table::push(const int64_t* ids, int64_t count, const float* gradients, cons
   std::unique_lock<std::shared_mutex> hold(lock_);
   const uint32_t clock = advance(step, now);
   visit(ids, count, gradients, settings_.dim, [&](Bucket& bucket, uint64_t hash, int64_t i, const Bucket::Sight& sight) {
-    const Found found = obtain(bucket, hash, ids[i], sight, clock, false);
+    bool is_new;
+    const Found found = obtain(bucket, hash, ids[i], sight, clock, false, &is_new);
     if (found.row == nullptr) return;
     Header& row = *found.row;
     row.last = std::max(row.last, clock);
     row.marks = std::min(row.count() + kSighting, kCountMax) << 8 | (row.marks & 0xffu) | shape_.followers;
-    step_row_(scalars, row.values(), gradients + i * settings_.dim, settings_.dim);
+    const float* gradient = gradients + i * settings_.dim;
+    if (!is_new) {
+      step_row_(scalars, row.values(), gradient, settings_.dim);
+      return;
+    }
+    // Made apart from where it is to lie, or the step would wait until that has come from memory; and on the boundary of a
+    // line, for only so does the CPU pass on what was just written.
+    thread_local std::vector<float> room;
+    room.resize(static_cast<size_t>(width()) + 16);
+    float* fresh = room.data() + (-reinterpret_cast<uintptr_t>(room.data()) % 64) / sizeof(float);
+    settings_.level->fill(start_, key_of(hash), fresh, settings_.dim);
+    copy_floats(fresh + settings_.dim, settings_.initial_slots.data(), shape_.slots);
+    step_row_(scalars, fresh, gradient, settings_.dim);
+    copy_floats(row.values(), fresh, width());
   });
 }
 
@@ -329,7 +342,8 @@ void Table::put(const int64_t* ids, int64_t count, const float* rows, const floa
   std::unique_lock<std::shared_mutex> hold(lock_);
   const uint32_t clock = advance(step, now);
   visit(ids, count, rows, width(), [&](Bucket& bucket, uint64_t hash, int64_t i, const Bucket::Sight& sight) {
-    Header& row = *obtain(bucket, hash, ids[i], sight, clock, true).row;
+    bool is_new;
+    Header& row = *obtain(bucket, hash, ids[i], sight, clock, true, &is_new).row;
     row.last = static_cast<uint32_t>(last_seen[i]);
     row.marks = static_cast<uint32_t>(counts[i] * kSighting) << 8 | (row.marks & 0xffu) | shape_.followers;
     copy_floats(row.values(), rows + i * width(), width());

@@ -95,7 +95,7 @@ class Table {
   int64_t bytes_unlocked();
   template <bool prefetch>
   int64_t pull_part(const int64_t* ids, int64_t count, float* out, bool touch, uint32_t clock) const;
-  Found obtain(Bucket& bucket, uint64_t hash, int64_t id, const Bucket::Sight& sight, uint32_t clock, bool admit);
+  Found obtain(Bucket& bucket, uint64_t hash, int64_t id, const Bucket::Sight& sight, uint32_t clock, bool admit, bool* is_new);
   template <class Visit>
   void visit(const int64_t* ids, int64_t count, const float* data, int64_t width, Visit visit);
   void copy_row(const Header* row, Rows* to) const;
