@@ -406,8 +406,7 @@ def test_a_push_of_the_wrong_size_is_refused_before_memory_is_taken() -> None:
         with contextlib.closing(connection):
             connection.send(Hello(TOKEN, "data", session._identity))
             connection.receive()
-            connection.hold(Push(0))
-            connection._output = bytearray(frame(encode(Push(0)), 1 << 39))
+            connection.send_head(Push(0), 1 << 39)
             connection.flush()
             answer = connection.receive().message
         assert "Expected a push of" in str(answer)

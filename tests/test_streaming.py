@@ -12,10 +12,10 @@ from jobs import PATIENCE_S, TOKEN, Arrays, Job, assert_equal_bits, read_all, st
 import headwater as hw
 from headwater import _limits
 from headwater._consistency import PushEntry
-from headwater._dense import Shard
+from headwater._dense import Foreseen, Shard
 from headwater._errors import NonFiniteError
 from headwater._layout import BLOCK, TensorSpec
-from headwater._messages import Assign, Attach, Attached, Flip, Hello, Prepare, Prepared, Register, Seal, Welcome
+from headwater._messages import Assign, Attach, Attached, Done, Flip, Hello, Prepare, Prepared, Register, Seal, Welcome
 from headwater._plan import Plan
 from headwater._transport import Address, connect, request
 
@@ -33,16 +33,21 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Stream even small models, and note for each foreseen commit whether it was the one that was made."""
     found: list[bool] = []
     monkeypatch.setattr(_limits, "PIECE_BYTES", 1 << 15)
-    prepare = Shard._prepare
+    noted: list[Foreseen] = []
+    prepare, flip = Shard._prepare, Shard._flip
 
-    def spy(shard: Shard, request: Prepare) -> Prepared:
-        foreseen = shard._foreseen
-        answer = prepare(shard, request)
-        if foreseen is not None:
-            found.append(foreseen.has_counted)
+    def note(shard: Shard, request: Prepare) -> Prepared:
+        noted.extend([shard._foreseen] if shard._foreseen is not None else [])
+        return prepare(shard, request)
+
+    def judge(shard: Shard, request: Flip) -> Done:
+        answer = flip(shard, request)
+        found.extend(foreseen.has_counted for foreseen in noted)
+        noted.clear()
         return answer
 
-    monkeypatch.setattr(Shard, "_prepare", spy)
+    monkeypatch.setattr(Shard, "_prepare", note)
+    monkeypatch.setattr(Shard, "_flip", judge)
     return found
 
 
@@ -94,6 +99,19 @@ def test_clipped_and_empty_pushes_are_not_foreseen(counted: list[bool]) -> None:
         session.step(make_arrays(2), weight=0)
         assert session.clock == 2
     assert counted == []
+
+
+def test_figures_may_be_reported_while_a_push_waits_to_be_sent() -> None:
+    size = 12_000_000  # more than the sockets hold
+    with start_job(transport="tcp") as job, job.connect() as session:
+        session.register({"w": np.zeros(size, np.float32)}, hw.optim.SGD(lr=1.0))
+        session.gradients["w"].fill(1)
+        for step in range(2):
+            session.push_sealed(weight=1.0, scalars=session._scalars, pull=True)
+            session.report(loss=0.5 + step)
+            session.wait()
+        assert np.all(session.parameters["w"] == -2)
+        assert session.stats().workers[0].figures == {"loss": 1.5}
 
 
 def is_sealed(job: Job) -> bool:
@@ -156,8 +174,9 @@ def test_pieces_together_are_the_whole_and_the_state_stands_still_until_the_flip
     pieces = b"".join(bytes(shard.advance(foreseen, ready)) for ready in steps)
     assert not np.any(shard.read("master")[1])
     assert shard.handle(Prepare(1, (spec,))) == Prepared()
-    assert foreseen.has_counted
+    assert not foreseen.has_counted
     shard.handle(Flip(1, True))
+    assert foreseen.has_counted
     assert (
         pieces
         == shard.read("master")[1].tobytes()

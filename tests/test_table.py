@@ -553,23 +553,24 @@ def test_a_push_refused_for_its_rows_leaves_the_tensors_too(transport: str, serv
     """Over TCP the commit is foreseen, prepared and streamed before its rows are asked about."""
     size = 400_000
 
-    def body(session: hw.Session) -> tuple[float, float, list[int]]:
+    def body(session: hw.Session) -> tuple[list[float], float, list[int]]:
         session.register({"w": np.zeros(size, np.float32)}, hw.optim.SGD(lr=1.0))
         table = session.table("items", 1, optimizer=hw.optim.SGD(lr=1.0), initial=hw.Constant(0.0))
-        accepted = []
+        accepted, values = [], []
         for step in range(4):
             table.push([1], ones(1, 1), scalars={"lr": 2.0 if session.index == step == 1 else 1.0})
             try:
-                session.step({"w": ones(size)})
+                session.step({"w": ones(size) * np.float32(1 + 2 * session.index)})
             except errors.DisagreementError:
                 assert session.index == step == 1
             accepted.append(session.accepted)
-        w = session.pull()["w"]
-        assert w.min() == w.max()
-        return float(w[0]), float(table.pull([1])[0, 0]), accepted
+            values.append(session.parameters["w"][0].item())
+            assert np.all(session.parameters["w"] == values[-1])
+            assert np.all(session.pull()["w"] == values[-1])
+        return values, float(table.pull([1])[0, 0]), accepted
 
     with job(transport, servers, workers=2, consistency=BSP) as run:
-        assert run(body) == [(-4.0, -4.0, [2, 1, 2, 2])] * 2
+        assert run(body) == [([-2.0, -3.0, -5.0, -7.0], -4.0, [2, 1, 2, 2])] * 2
 
 
 # Ahead of the need.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -332,6 +333,34 @@ def test_asynchronous_workers_never_wait_and_every_push_counts() -> None:
 
     with start_job(workers=2, servers=2, consistency=hw.asp()) as job:
         run_with_events(job, fast, idle)
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_without_a_barrier_parameters_stand_still_until_the_next_pull(servers: int) -> None:
+    """However many workers come later and whatever they commit: read in place with one server, copied with two."""
+    size, later = 2 * BLOCK, 11  # more buffers than a message passes
+
+    def register(session: hw.Session) -> hw.Session:
+        session.register({"w": np.zeros(size, np.float32)}, hw.optim.SGD(lr=1.0, momentum=0.5))
+        return session
+
+    with start_job(servers=servers, consistency=hw.asp()) as job, ExitStack() as stack:
+        first = register(stack.enter_context(job.connect()))
+        others = [register(stack.enter_context(job.connect())) for _ in range(later)]
+        seen = {session: session.parameters["w"][0].item() for session in (first, *others)}
+        for turn in range(3):
+            for session in others:
+                session.step({"w": np.ones(size, np.float32)})
+                seen[session] = session.parameters["w"][0].item()
+                for reader, value in seen.items():
+                    assert np.all(reader.parameters["w"] == value)
+            first.push({"w": np.ones(size, np.float32)})
+            first.wait()
+            assert np.all(first.parameters["w"] == seen[first])
+            seen[first] = first.pull()["w"][0].item()
+            assert seen[first] < seen[others[-1]]
+            first.parameters["w"][:] = 7  # undone by the next pull
+            assert np.all(first.pull()["w"] == seen[first]), turn
 
 
 def test_a_worker_too_far_ahead_waits_for_the_slowest() -> None:

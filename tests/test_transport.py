@@ -451,6 +451,26 @@ def test_wait_has_a_limit_where_neither_way_moves(raw: tuple[SocketConnection, s
     assert rest.result() == LARGE
 
 
+def test_what_was_held_back_is_lost_with_the_connection(raw: tuple[SocketConnection, socket.socket]) -> None:
+    connection, _ = raw
+    connection.hold(Put("master"), memoryview(bytes(LARGE)))
+    connection.close()
+    with pytest.raises(PeerLostError):
+        connection.receive()
+
+
+def test_payload_may_be_reused_after_send(raw: tuple[SocketConnection, socket.socket]) -> None:
+    """Also where the peer's next request has come already, and small frames are kept back."""
+    connection, peer = raw
+    peer.sendall(frame(Pull()) + frame(Pull()))
+    connection.receive()
+    data = bytearray(LARGE)
+    reading = Background(lambda: peer.recv(LARGE, socket.MSG_WAITALL))
+    connection.send(Put("master"), memoryview(data))
+    data[:] = b"x" * LARGE
+    assert b"x" not in reading.result()[len(frame(Put("master"))) :]
+
+
 def test_death_while_sending_is_the_end(raw: tuple[SocketConnection, socket.socket]) -> None:
     connection, peer = raw
     sending = Background(lambda: connection.send(Put("master"), memoryview(bytes(LARGE))))

@@ -23,7 +23,7 @@ import numpy as np
 
 from headwater import _limits
 from headwater._consistency import Commit, Consistency, Policy, PushEntry, bsp
-from headwater._dense import Shard
+from headwater._dense import Foreseen, Shard
 from headwater._errors import (
     DisagreementError,
     HeadwaterError,
@@ -39,7 +39,6 @@ from headwater._layout import Layout, TensorSpec, difference
 from headwater._messages import (
     AnyMessage,
     Assign,
-    CommitSpec,
     Committed,
     Declare,
     Declared,
@@ -360,8 +359,8 @@ class Coordinator:
             refused = worker.refusal and Failed(type(worker.refusal).__name__, str(worker.refusal))
             return Committed(worker.commit, worker.clock, self._shard.side, worker.accepted, worker.staleness, refused)
 
-    def foresee(self, identity: int, seal: Seal) -> CommitSpec | None:
-        """Return the commit that a push which is still arriving is about to complete; None where that cannot be told. Changes nothing.
+    def foresee(self, identity: int, seal: Seal) -> Foreseen | None:
+        """Begin to apply the commit that a push which still arrives is about to complete; None where that cannot be told.
 
         It is only a guess: whoever joins, leaves or loads before the push is whole makes it another commit.
         """
@@ -380,7 +379,7 @@ class Coordinator:
                 return None
             assert self._optimizer is not None
             spec, _ = self._plan.next(self._optimizer, pushes)
-            return spec if spec.rows else None
+            return self._shard.foresee(spec) if spec.rows else None
 
     def _missing(self, identity: int) -> list[str]:
         """Name those that hold a worker up."""

@@ -7,7 +7,8 @@ for float32 and float64), the optimizer's slots. It lies on two *sides*: a commi
 `Flip` makes that the state. Until then nothing has happened, so a commit with a bad gradient leaves no trace.
 
 Who may touch what: a worker's inbox is the worker's from Attach to its push, and the server's from the push to the commit.
-Under BSP workers read the current side where it lies; the other side is written only once all of them have pushed again.
+In shared memory workers read parameters where they lie. Under BSP the other side is written only once all of them have pushed again.
+Else, with one server, there are as many parameter buffers as to leave one that nobody reads; with several, pulls copy.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from headwater import _kernels
+from headwater import _kernels, _limits
 from headwater._consistency import Consistency
 from headwater._errors import InternalError, LayoutError, ProtocolError
 from headwater._layout import BLOCK, Layout, Part, Slice, runs, tensor_at
@@ -49,34 +50,13 @@ class _Worker:
     ) -> None:
         self.inbox = inbox  # uint8: its gradients, in the wire dtypes
         self.shared = shared
-        self.outbox = outbox  # uint8: where its pulls go outside BSP; None: they travel
+        self.outbox = outbox  # uint8: where its pulls are copied to; None: they travel, or are read in place
+        self.side: int | None = None  # which it reads
         self.contributions = [inbox[s.byte : s.byte + s.wire_bytes] for s in part.slices]
         self.sequence = -1  # of the push that lies in the inbox
 
 
-class _Side:
-    """One of the two copies of the state."""
-
-    def __init__(self, part: Part, optimizer: AnyOptimizer) -> None:
-        self.wire = SharedBuffer(part.wire_bytes, "parameters")
-        self.planes = [self._slice_planes(s, optimizer) for s in part.slices]
-
-    def _slice_planes(self, s: Slice, optimizer: AnyOptimizer) -> dict[str, np.ndarray]:
-        wire = self.wire.array[s.byte : s.byte + s.wire_bytes]
-        planes = {"parameters": wire}
-        is_master = s.lane.master == s.lane.dtype
-        size = s.elements * np.dtype(s.lane.master).itemsize
-        planes["master"] = (wire if is_master else zeroed(size)).view(s.lane.master)
-        for slot in optimizer.slots:
-            planes[slot] = zeroed(size).view(s.lane.master)
-            planes[slot][:] = optimizer.initial(slot)
-        return planes
-
-    def kernel_planes(self, i: int, s: Slice) -> list[np.ndarray]:
-        """In the kernel's order: the wire copy where it is another dtype, the master, the slots."""
-        planes = self.planes[i]
-        names = list(planes) if s.lane.master != s.lane.dtype else list(planes)[1:]
-        return [planes[name] for name in names]
+_Planes = dict[str, np.ndarray]  # of one slice, by name
 
 
 class Foreseen:
@@ -99,11 +79,14 @@ class Shard:
         self.tables = Tables(threads=threads, level=level)
         self.lock = threading.Lock()
         self.commit = 0
-        self.side = 0
+        self.side = 0  # the parameter buffer that is the state; a commit is made in another
+        self._half = 0  # likewise of the two copies of everything else
+        self._target = 1
         self.layout: Layout | None = None
         self._workers: dict[int, _Worker] = {}
         self._prepared = False
         self._foreseen: Foreseen | None = None  # any request that changes what it rests on drops it
+        self._standing: Foreseen | None = None  # what is prepared was foreseen
         self._runs: dict[tuple[int, bytes], np.ndarray] = {}  # by slice and cells
 
     # What the coordinator says.
@@ -135,20 +118,22 @@ class Shard:
         self.part = self.layout.part(request.index, request.count)
         self.optimizer: AnyOptimizer = request.optimizer
         self.consistency: Consistency = request.consistency
-        self._sides = [_Side(self.part, self.optimizer) for _ in range(2)]
-        self._planes = [[side.kernel_planes(i, s) for i, s in enumerate(self.part.slices)] for side in self._sides]
+        self._wires = [SharedBuffer(self.part.wire_bytes, "parameters") for _ in range(2)]
+        self._hidden = [[self._new_planes(s) for s in self.part.slices] for _ in range(2)]
+        self._reads_in_place = request.count == 1 or self.consistency.kind == "bsp"
         self._runs.clear()
         return Done()
 
     def _prepare(self, request: Prepare) -> Prepared:
         foreseen, self._foreseen = self._foreseen, None
-        self._prepared = False
+        self._prepared, self._standing = False, None
+        self._target = self._free_side()
         for number, spec in enumerate(request.commits):
             missing = self._missing_push(spec)
             if missing is not None:
                 return Prepared((number, missing, -1, -1))
         if foreseen is not None and foreseen.is_whole and request.commits == (foreseen.spec,):
-            self._prepared = foreseen.has_counted = True
+            self._prepared, self._standing = True, foreseen
             return Prepared()
         sums = []
         for i, s in enumerate(self.part.slices):
@@ -170,7 +155,8 @@ class Shard:
     ) -> tuple[int, int, int] | None:
         """Apply commits to slice i, or to some of its blocks, beside the state; returns what `_kernels.apply` does."""
         s = self.part.slices[i]
-        source, target = self._planes[self.side][i], self._planes[1 - self.side][i]
+        source = self._kernel_planes(i, s, self.side, self._half)
+        target = self._kernel_planes(i, s, self._target, 1 - self._half)
         return _kernels.apply(
             self.optimizer.kind, self.optimizer.flags, s.lane.dtype, source, target, commits,
             threads=self.threads, level=self.level, blocks=blocks, sums=sums,
@@ -193,10 +179,37 @@ class Shard:
         if request.swap:
             if not self._prepared:
                 raise InternalError("Expected a prepared commit before a flip, got none.")
-            self.side = 1 - self.side
+            self.side, self._half = self._target, 1 - self._half
+            if self._standing is not None:
+                self._standing.has_counted = True
             self._prepared = False
         self.commit = request.commit
         return Done()
+
+    def _free_side(self) -> int:
+        """Return a parameter buffer that is not the state and that nobody reads; under BSP workers have pushed before it is theirs."""
+        taken = {self.side} | {worker.side for worker in self._workers.values()}
+        return next(i for i in range(len(self._wires)) if i not in taken)
+
+    def _new_planes(self, s: Slice) -> _Planes:
+        """Make what stays on the server: a master copy where the wire dtype is narrower, and the optimizer's slots."""
+        size = s.elements * np.dtype(s.lane.master).itemsize
+        names = (*(("master",) if s.lane.dtype != s.lane.master else ()), *self.optimizer.slots)
+        planes = {name: zeroed(size).view(s.lane.master) for name in names}
+        for slot in self.optimizer.slots:
+            planes[slot][:] = self.optimizer.initial(slot)
+        return planes
+
+    def _planes(self, i: int, s: Slice) -> _Planes:
+        """Return a slice's state by name; the parameters are their own master copy where the dtype allows."""
+        wire = self._wires[self.side].array[s.byte : s.byte + s.wire_bytes]
+        own = {"master": wire.view(s.lane.master)} if s.lane.dtype == s.lane.master else {}
+        return {"parameters": wire, **own, **self._hidden[self._half][i]}
+
+    def _kernel_planes(self, i: int, s: Slice, side: int, half: int) -> list[np.ndarray]:
+        """In the kernel's order: the parameters, the master copy where it is another, the slots."""
+        wire = self._wires[side].array[s.byte : s.byte + s.wire_bytes]
+        return [wire if s.lane.dtype != s.lane.master else wire.view(s.lane.master), *self._hidden[half][i].values()]
 
     def _missing_push(self, spec: CommitSpec) -> int | None:
         """Return which of the commit's pushes does not lie here, although it was sealed; None: all do."""
@@ -235,9 +248,12 @@ class Shard:
                 self._workers[identity] = _Worker(self.part, zeroed(size))
                 return []
             gradients = SharedBuffer(size, "gradients")
-            if self.consistency.kind == "bsp":
+            if self._reads_in_place:
                 self._workers[identity] = _Worker(self.part, gradients.array, [gradients])
-                return [gradients.fd, *(side.wire.fd for side in self._sides)]
+                if self.consistency.kind != "bsp":
+                    while len(self._wires) < len(self._workers) + 2:  # one for each to read, the state, the next state
+                        self._wires.append(SharedBuffer(size, "parameters"))
+                return [gradients.fd, *(wire.fd for wire in self._wires[: _limits.DESCRIPTORS - 1])]
             pulled = SharedBuffer(size, "pulled")
             self._workers[identity] = _Worker(self.part, gradients.array, [gradients, pulled], pulled.array)
             return [gradients.fd, pulled.fd]
@@ -261,6 +277,7 @@ class Shard:
     def foresee(self, spec: CommitSpec) -> Foreseen:
         """Begin to apply a commit whose last push has just begun to arrive in its worker's inbox."""
         with self.lock:
+            self._target = self._free_side()
             self._foreseen = Foreseen(spec)
             return self._foreseen
 
@@ -278,21 +295,32 @@ class Shard:
                     if bad is not None:
                         self._foreseen = None  # found again, with its place, when the push is whole
             foreseen.is_whole = foreseen.done == self.part.wire_bytes
-            return memoryview(self._sides[1 - self.side].wire.array[done : foreseen.done])
+            return memoryview(self._wires[self._target].array[done : foreseen.done])
 
-    def pull_own(self, identity: int) -> int:
-        """Copy the parameters into the worker's shared buffer; returns the commit they are of."""
+    def sides(self, identity: int, known: int) -> list[int]:
+        """Return the descriptors of some parameter buffers after the first `known`; the shard keeps them."""
+        self._worker(identity)
+        with self.lock:
+            return [wire.fd for wire in self._wires[max(known, 0) :][: _limits.DESCRIPTORS]]
+
+    def pull_own(self, identity: int) -> tuple[int, int]:
+        """Let the worker read the parameters where they lie, until its next pull, or copy them into its shared buffer.
+
+        Returns the commit they are of, and the side that it reads.
+        """
         worker = self._worker(identity)
         with self.lock:
             if worker.outbox is not None:
-                _kernels.copy(worker.outbox, self._sides[self.side].wire.array, threads=self.threads)
-            return self.commit
+                _kernels.copy(worker.outbox, self._wires[self.side].array, threads=self.threads)
+                return self.commit, 0
+            worker.side = self.side
+            return self.commit, self.side
 
     def pull_sent(self, identity: int) -> tuple[int, memoryview]:
         """Return the parameters for sending: under BSP where they lie, else copied to the inbox, idle until the next push."""
         worker = self._worker(identity)
         with self.lock:
-            wire = self._sides[self.side].wire.array
+            wire = self._wires[self.side].array
             if self.consistency.kind == "bsp":
                 return self.commit, memoryview(wire)
             _kernels.copy(worker.inbox, wire, threads=self.threads)
@@ -314,7 +342,8 @@ class Shard:
             for piece in pieces:
                 piece[:] = data[at : at + piece.nbytes]
                 at += piece.nbytes
-            for s, planes in zip(self.part.slices, self._sides[self.side].planes, strict=True):
+            for i, s in enumerate(self.part.slices):
+                planes = self._planes(i, s)
                 if s.lane.dtype == s.lane.master:
                     continue
                 if plane == "parameters":
@@ -330,11 +359,11 @@ class Shard:
     def _pieces(self, plane: str) -> list[np.ndarray]:
         self._require_layout()
         if plane == "parameters":
-            return [self._sides[self.side].wire.array]
+            return [self._wires[self.side].array]
         if plane != "master" and plane not in self.optimizer.slots:
             known = ", ".join(("parameters", "master", *self.optimizer.slots))
             raise LayoutError(f"Expected one of the planes {known}, got {plane!r}.")
-        return [np.zeros(0), *(planes[plane] for planes in self._sides[self.side].planes)]
+        return [np.zeros(0), *(self._planes(i, s)[plane] for i, s in enumerate(self.part.slices))]
 
     def _worker(self, identity: int) -> _Worker:
         worker = self._workers.get(identity)

@@ -73,7 +73,7 @@ class LocalJob:
 
     def _start_server(self, i: int) -> None:
         listen = "tcp://127.0.0.1:0" if self.transport == "tcp" else f"unix://{self._folder}/{i}"
-        command = [sys.executable, "-m", "headwater", "server", "--listen", listen, "--stop-with-input"]
+        command = [sys.executable, "-P", "-m", "headwater", "server", "--listen", listen, "--stop-with-input"]
         command += ["--threads", str(max(1, _cores() // self.server_count))]
         if i == 0:
             command += ["--workers", str(self.worker_count), "--servers", str(self.server_count)]
@@ -149,7 +149,7 @@ class LocalJob:
                 continue
             has_begun = kind == "worker" and self._has_begun(i)
             is_servers_end = kind == "server" or has_begun is None
-            server = self._find_ended_server(SETTLE_S if is_servers_end else SETTLE_S / 10)
+            server = self._find_ended_server(SETTLE_S if is_servers_end else SETTLE_S / 2)
             if server is not None:  # which explains the worker's end, too
                 _say(f"server {server} ended {_describe(self.servers[server].returncode)}; the job cannot go on.")
                 return status or 1
@@ -163,14 +163,14 @@ class LocalJob:
     def _find_ended_server(self, patience_s: float) -> int | None:
         """Return a server that has ended, or does so in the next moments; the one that did not end well, for the others follow it."""
         deadline = time.monotonic() + patience_s
-        ended: int | None = None
-        # Those that are known to have failed come first: nobody waits for the others then.
-        for i, server in sorted(enumerate(self.servers), key=lambda pair: not pair[1].returncode):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                if server.wait(max(deadline - time.monotonic(), 0.0)):
-                    return i
-                ended = i
-        return ended
+        while True:
+            codes = [server.returncode for server in self.servers]  # which the threads that wait for them set
+            failed = next((i for i, code in enumerate(codes) if code), None)
+            if failed is not None:
+                return failed
+            if time.monotonic() > deadline:
+                return next((i for i, code in enumerate(codes) if code is not None), None)
+            time.sleep(0.01)
 
     def _has_begun(self, i: int) -> bool | None:
         """Whether a worker has pushed, whatever the others have done without it in the meantime; None: no server says."""

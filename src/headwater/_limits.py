@@ -12,6 +12,7 @@ REPORT_WAIT_S = 5.0  # a waiting worker is told for whom, this often
 SILENCE_S = 30.0  # a server that says nothing for so long, not even "waiting", is gone
 HOLD_S = 120.0  # how long a reader may keep commits waiting while it saves
 QUEUE_COMMITS = 16  # commits applied in one pass over memory
+DESCRIPTORS = 8  # in one message
 WORKERS = 1024
 SERVERS = 256
 PIECE_BYTES = 1 << 20  # of a push, applied and sent back while the rest still arrives

@@ -21,6 +21,7 @@ from headwater._errors import (
     LayoutError,
     NonFiniteError,
     SettingError,
+    UsageError,
 )
 from headwater._messages import (
     AnyMessage,
@@ -139,7 +140,7 @@ class Table:
 
         gradients: float32 (*ids.shape, dim), copied. scalars: the learning rate and others, from now on (see `set_scalars`).
         In an ASP or SSP job it counts at once, as one step of each row. Under BSP it belongs to the worker's next step, with that step's
-        weight: it counts with `session.step`, or not at all.
+        weight: it counts with the next `session.step`, whichever that is, or not at all.
         Raises LayoutError, or NonFiniteError naming id and position: then nothing of this push counts. An error of a server is
         raised by the next call that speaks to it, or by `session.step`, which then does nothing itself.
         """
@@ -171,12 +172,13 @@ class Table:
         SSP rows are read when they are pulled; only spilled ones come into memory ahead.
         """
         batch = self.batch(ids)
-        self._ahead, self._is_under_way = batch, False
-        if self.spec.consistency.kind == "asp":
-            self._is_under_way = True
+        self._ahead, self._is_under_way = None, False
+        is_asp = self.spec.consistency.kind == "asp"
+        if is_asp:
             self._ask_for(batch, 1 + self._number, touch=True)
         elif self.spec.policy.when_full == "spill":
             self._ask_for(batch, 1 + self._number, touch=True, only_warm=True)
+        self._ahead, self._is_under_way = batch, is_asp  # not where asking has failed
 
     # What adapters use.
 
@@ -380,9 +382,12 @@ class Table:
     def load(self, path: str | os.PathLike[str]) -> int:
         """Write the rows of a file that `export` made, or another tool, over those of the table; returns how many. One worker does it.
 
+        With a budget, rows beyond it are evicted as by a push.
+
         Columns: "ids" int64 (k,), distinct; "values" float32 (k, dim); and where they are there "state" float32 (k, state), "counts"
-        float32 (k,), "last_seen" int64 (k,). Without state the optimizer begins afresh. Rows that the file lacks stay.
-        Raises StorageError when the file is missing, torn or of another shape; then nothing has changed.
+        float32 (k,), "last_seen" int64 (k,), default now. Without state the optimizer begins afresh. Rows that the file lacks stay.
+        Raises StorageError when the file is missing, torn or of another shape; rows that were read before that was found are
+        written already.
         """
         written = 0
         with self._still():
@@ -400,9 +405,7 @@ class Table:
             for start in range(0, len(mine), _limits.PAGE_ROWS):
                 some = mine[start : start + _limits.PAGE_ROWS]
                 page = join_page(saved.ids[some], saved.last_seen[some], rows[some], saved.counts[some])
-                link.settle()
-                link.connection.send(PagePut(self._number, len(some), saved.step), page)
-                link.receive(Done)
+                link.put(PagePut(self._number, len(some), saved.step), page)
         return len(batch.distinct)
 
     def _still(self) -> AbstractContextManager[Any]:
@@ -415,6 +418,15 @@ class Table:
     ) -> list[tuple[_M, np.ndarray]]:
         self._session._require_open()
         return [link.ask(message, answer, size) for link in self._links]
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Table:
+        """A copied model looks up the same rows."""
+        return self
+
+    def __reduce__(self) -> Any:
+        raise UsageError(
+            f"Expected table {self.name!r} to stay in its process, got it to be pickled: export() saves its rows."
+        )
 
     def __repr__(self) -> str:
         return f"<Table {self.name!r} dim={self.dim} {self.spec.optimizer} {self.spec.consistency}>"

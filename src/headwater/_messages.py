@@ -122,7 +122,10 @@ class Attach(Message, frozen=True, tag=True):
 
 
 class Attached(Message, frozen=True, tag=True):
-    """`fds` file descriptors come along: the push buffer, then the parameter buffers (two under BSP, else one)."""
+    """`fds` file descriptors come along: the push buffer, then parameter buffers: as many as there are, up to the limit, where they
+
+    are read in place (BSP, or one server), else one for this worker's copies.
+    """
 
     fds: int
 
@@ -146,6 +149,12 @@ class Pull(Message, frozen=True, tag=True):
     own: bool = False
 
 
+class Sides(Message, frozen=True, tag=True):
+    """To a server: pass parameter buffers after the first `known`. Answer: Attached."""
+
+    known: int
+
+
 class Pulled(Message, frozen=True, tag=True):
     """Payload: the plane, as it was after `commit`.
 
@@ -153,6 +162,7 @@ class Pulled(Message, frozen=True, tag=True):
     """
 
     commit: int
+    side: int = 0  # where `own` was asked for
 
 
 class Push(Message, frozen=True, tag=True):
@@ -482,7 +492,7 @@ class TableStats(Message, frozen=True, tag=True):
 
 AnyMessage = (
     Hello | Here | Welcome | Failed | Done | Waiting | Beat | Register | Registered | Initialised | Assign | Attach
-    | Attached | Detach | Put | Pull | Pulled | Push | Seal | Committed | Prepare | Prepared | Norms | Normed
+    | Attached | Sides | Detach | Put | Pull | Pulled | Push | Seal | Committed | Prepare | Prepared | Norms | Normed
     | Flip | Enroll | Leave | Hold | Held | Resume | StateGet | State | StateSet | Report | StatsGet | Stats
     | Declare | Declared | OpenTable | Room | PullRows | PulledRows | WarmRows | PushRows | Gather | Track | ChangesGet
     | Changed | PageGet | Page | PagePut | TableStatsGet | TableStats

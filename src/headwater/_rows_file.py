@@ -92,7 +92,7 @@ def _fitted(columns: dict[str, np.ndarray], about: _About | None, spec: TableSpe
     if state is None or (about is not None and about.optimizer.kind != spec.optimizer.kind):
         state = np.tile(np.array(spec.initial_state, np.float32), (count, 1))
     counts = columns.get("counts", np.ones(count, np.float32))
-    last_seen = columns.get("last_seen", np.zeros(count, np.int64))
+    last_seen = columns.get("last_seen", np.full(count, -1))  # now
     wanted = {
         "ids": (ids, np.int64, (count,)),
         "values": (values, np.float32, (count, spec.dim)),

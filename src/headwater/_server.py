@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from headwater import _limits
@@ -56,6 +57,7 @@ from headwater._messages import (
     Resume,
     Seal,
     ServerAddress,
+    Sides,
     State,
     StateGet,
     StateSet,
@@ -335,6 +337,9 @@ class _Handler:
             case Attach():
                 fds = self._shard.attach(self._identity, share=message.share and self._connection.can_share)
                 self._connection.send(Attached(len(fds)), fds=fds)
+            case Sides():
+                fds = self._shard.sides(self._identity, message.known)
+                self._connection.send(Attached(len(fds)), fds=fds)
             case Register():
                 self._answer(self._job().register(self._identity, message, self._connection.send))
             case Declare():
@@ -376,11 +381,9 @@ class _Handler:
         is_worker = self.role in ("worker", "data")
         if isinstance(message, (Seal, Push)) and is_worker:
             inbox = self._shard.inbox(self._identity, size)
-            self._carried = True
+            self._carried, self._foreseen, self._streamed = True, None, 0
             if isinstance(message, Seal) and message.pull == "sent" and size > _limits.PIECE_BYTES:
-                spec = self._job().foresee(self._identity, message)
-                self._foreseen = None if spec is None else self._shard.foresee(spec)
-                self._streamed = 0
+                self._foreseen = self._job().foresee(self._identity, message)
             return inbox
         if isinstance(message, Put) and is_worker:
             expected = self._shard.plane_bytes(message.plane)
@@ -418,12 +421,12 @@ class _Handler:
             self._connection.send(committed, self._shard.pull_sent(self._identity)[1])
             return
         if seal.pull == "own":
-            self._shard.pull_own(self._identity)
+            committed = msgspec.structs.replace(committed, side=self._shard.pull_own(self._identity)[1])
         self._connection.send(committed)
 
     def _pull(self, pull: Pull) -> None:
         if pull.own:
-            self._answer(Pulled(self._shard.pull_own(self._identity)))
+            self._answer(Pulled(*self._shard.pull_own(self._identity)))
         elif pull.plane == "parameters" and self.role in ("worker", "data"):
             commit, view = self._shard.pull_sent(self._identity)
             self._connection.send(Pulled(commit), view)

@@ -55,6 +55,7 @@ from headwater._messages import (
     Report,
     Resume,
     Seal,
+    Sides,
     State,
     StateGet,
     StateSet,
@@ -145,7 +146,7 @@ class Session:
         self._optimizer: AnyOptimizer | None = None
         self._saved: Checkpoint | None = None
         self._arenas: list[Any] = []
-        self.sides: list[dict[str, np.ndarray]] = []  #: one set of parameter views, or two that take turns
+        self.sides: list[dict[str, np.ndarray]] = []  #: sets of parameter views, of which one is current
         self.side = 0  #: which of them is current
         self.accepted = 0  #: pushes in the commit that was last waited for
         self._gradients: dict[str, np.ndarray] = {}
@@ -153,6 +154,7 @@ class Session:
         self._is_pending = False  # a sealed push is not yet answered
         self._wants_pull = False
         self._is_direct = self._reads_in_place = False
+        self._is_led = False  # each commit tells all workers which side to read; else a pull does
         self._is_closed = False
         self.clock = 0  #: finished steps
         self.staleness = 0  #: commits by others between this worker's last pull and its last push
@@ -221,8 +223,7 @@ class Session:
         self._attach()
         if answer.initialise:
             answer = self._initialise(values)
-        self.clock = answer.clock
-        self._flip(answer.side)
+        self.clock, self.side = answer.clock, answer.side if self._reads_in_place else 0
         self.pull_parameters()
 
     def _attach(self) -> None:
@@ -247,14 +248,15 @@ class Session:
         else:
             gradient, *sides = zip(*fds, strict=True)
             self._arenas = [stack_buffers(list(gradient), sizes, private=False).array[: self._layout.wire_bytes]]
-            # BSP reads the servers' own memory: privately, so that a stray write harms nobody.
-            self._private = [stack_buffers(list(s), sizes, private=len(sides) == 2) for s in sides]
+            # The servers' own memory is read privately, so that a stray write harms nobody.
+            self._private = [stack_buffers(list(s), sizes, private=len(sides) > 1) for s in sides]
             self._arenas += [arena.array[: self._layout.wire_bytes] for arena in self._private]
         for link in self._links:
             link.use(self._arenas)
         # Push, seal and pull go to the same server on one connection: one message each way does.
         self._is_direct = len(self._links) == 1 and self._links[0].connection is self._control
-        self._reads_in_place = len(self._arenas) == 3
+        self._reads_in_place = len(self._arenas) > 2
+        self._is_led = self._reads_in_place and self.consistency.kind == "bsp"
         self._gradients = self._layout.views(self._arenas[0])
         self.sides = [self._layout.views(arena) for arena in self._arenas[1:]]
 
@@ -358,7 +360,7 @@ class Session:
 
     @property
     def parameters(self) -> dict[str, np.ndarray]:
-        """Views of the parameters as last pulled. Under BSP on one machine they are other arrays after each step."""
+        """Views of the parameters as last pulled. Where they are read in place they are other arrays after each pull."""
         self._require_layout()
         return self.sides[self.side]
 
@@ -407,7 +409,7 @@ class Session:
         rows = tuple(scalars)
         if self._is_direct:
             link = self._links[0]
-            wanted = "" if not pull or self._reads_in_place else "own" if link.shares else "sent"
+            wanted = "" if not pull or self._is_led else "own" if link.shares else "sent"
             send = self._control.hold if wanted == "sent" else self._control.send  # then `wait` sends it while it reads
             send(Seal(self._sequence, weight, rows, absent, True, wanted), link.pushed)
         else:
@@ -440,7 +442,8 @@ class Session:
             self.close()  # what is still to come on the connections would be taken for something else
             raise
         self.clock, self.staleness, self.accepted = committed.clock, committed.staleness, committed.accepted
-        self._flip(committed.side)
+        if self._is_led or (self._wants_pull and self._is_direct):
+            self._flip(committed.side)
         if committed.refused is not None:
             raise committed.refused.exception()
         return committed.commit
@@ -470,24 +473,37 @@ class Session:
         self._require_layout()
         if self._is_pending:
             self.wait()
-        if self._reads_in_place:
+        if self._is_led:
             self._flip(self.side)
-        else:
-            self._pull_links()
+        self._pull_links()
 
     def _pull_links(self) -> None:
-        if self._reads_in_place:
+        if self._is_led:
             return
         for link in self._links:
             link.connection.send(Pull(own=link.shares))
         for link in self._links:
-            self._receive_from(link.connection, Pulled, link.pulled)
+            self._flip(self._receive_from(link.connection, Pulled, link.pulled)[0].side)
 
     def _flip(self, side: int) -> None:
         """Turn to the side that is now the state; what this process wrote there by mistake is undone."""
-        if self._reads_in_place:
-            self._private[side].discard_private()
-            self.side = side
+        if not self._reads_in_place:
+            return
+        while side >= len(self._private):
+            self._map_more()
+        self._private[side].discard_private()
+        self.side = side
+
+    def _map_more(self) -> None:
+        """Map parameter buffers that the server has made for workers that came later."""
+        layout, (link,) = self._require_layout(), self._links
+        link.connection.send(Sides(len(self._private)))
+        _, passed = self._receive_from(link.connection, Attached)
+        if not passed:
+            raise ProtocolError(f"Expected a buffer beside {len(self._private)}, got none.")
+        for fd in passed:
+            self._private.append(stack_buffers([fd], [link.part.wire_bytes], private=True))
+            self.sides.append(layout.views(self._private[-1].array[: layout.wire_bytes]))
 
     def _copy_in(self, gradients: Mapping[str, np.ndarray]) -> None:
         for name, array in gradients.items():

@@ -153,8 +153,10 @@ class Rows:
         """Write a page of whole rows."""
         ids, last_seen, rows, counts = split_page(page, request.count, self.spec.width)
         with self._lock, self._host():
-            self.step = max(self.step, request.step)
-            self.kernel.put(ids, rows, counts, last_seen, step=self.step, now=time.time())
+            self.step, now = max(self.step, request.step), time.time()
+            seen_now = self.step if self.spec.policy.expire_s is None else int(now)
+            last_seen = np.where(last_seen < 0, seen_now, last_seen)
+            self.kernel.put(ids, rows, counts, last_seen, step=max(self.step, 1), now=now)
 
     def page(self, request: PageGet) -> Answer:
         """Return the next rows."""

@@ -7,16 +7,16 @@ again, or at the latest before the step that they belong to is sealed. So a push
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from headwater import _limits
-from headwater._errors import HeadwaterError, LayoutError, PeerError, ProtocolError, WaitTimeoutError
+from headwater._errors import ClosedError, HeadwaterError, LayoutError, PeerError, ProtocolError, WaitTimeoutError
 from headwater._memory import stack_buffers, zeroed
-from headwater._messages import AnyMessage, Attached, Room
+from headwater._messages import AnyMessage, Attached, Done, Room
 from headwater._transport import Connection
 
 _M = TypeVar("_M")
@@ -56,6 +56,27 @@ class Link:
         self._rooms: dict[int, np.ndarray] = {}
         self.failed: set[int] = set()  #: rooms whose last request was refused
         self._owed: deque[_Owed] = deque()
+        self._is_broken = False
+
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Close the connection where an exchange ends half way, by Ctrl+C for instance: what is still to come would be taken for the
+        answer to something else."""
+        self._check()
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, HeadwaterError) or isinstance(error, (PeerError, WaitTimeoutError)):
+                self._is_broken = True
+                self._owed.clear()
+                self.connection.close()
+            raise
+
+    def _check(self) -> None:
+        if self._is_broken:
+            raise ClosedError(
+                "Expected a connection to the tables, got one that broke off in the middle of a request: connect() again."
+            )
 
     def room(self, number: int, size: int) -> np.ndarray:
         """Return room for a batch, uint8, when what was asked about it is answered; shared with the server where it can be."""
@@ -67,8 +88,9 @@ class Link:
                 raise LayoutError(f"Expected a batch of at most {_limits.ROOM_BYTES} bytes, got {size}: split it.")
             self.settle()
             size = max(1 << (size - 1).bit_length(), _ROOM_BYTES)
-            self.connection.send(Room(number, size, self.shares))
-            attached, fds = self._session._receive_from(self.connection, Attached)
+            with self._exchange():
+                self.connection.send(Room(number, size, self.shares))
+                attached, fds = self._session._receive_from(self.connection, Attached)
             if len(fds) != self.shares or len(fds) != attached.fds:
                 raise ProtocolError(f"Expected {attached.fds} shared buffers, got {len(fds)}.")
             found = stack_buffers(list(fds), [size], private=False).array if fds else zeroed(size)
@@ -88,21 +110,22 @@ class Link:
         shared, uint8."""
         if not self.shares:
             self.settle()  # else both ends might wait for the other to read
-        self.connection.send(message, None if self.shares or not payload.nbytes else memoryview(payload))
-        self.failed.discard(room)
-        self._owed.append(_Owed(answer, None if self.shares or view is None else memoryview(view), room))
+        with self._exchange():
+            self.connection.send(message, None if self.shares or not payload.nbytes else memoryview(payload))
+            self.failed.discard(room)
+            self._owed.append(_Owed(answer, None if self.shares or view is None else memoryview(view), room))
 
     def settle(self) -> None:
         """Bring in every answer that is still to come. Raises the first error among them."""
+        self._check()
         first: HeadwaterError | None = None
         while self._owed:
-            owed = self._owed.popleft()
             try:
-                self._session._receive_from(self.connection, owed.answer, owed.view)
+                with self._exchange():
+                    owed = self._owed.popleft()
+                    self._session._receive_from(self.connection, owed.answer, owed.view)
             except HeadwaterError as error:
-                if isinstance(error, (PeerError, WaitTimeoutError)):
-                    self._owed.clear()
-                    self.connection.close()  # what is still to come would be taken for something else
+                if self._is_broken:
                     raise
                 self.failed.add(owed.room)
                 first = first or error
@@ -114,10 +137,18 @@ class Link:
     ) -> tuple[_M, np.ndarray]:
         """Ask and wait; returns the answer and its payload, whose size the answer tells."""
         self.settle()
-        self.connection.send(message)
-        return self.receive(answer, size)
+        with self._exchange():
+            self.connection.send(message)
+            return self._receive(answer, size)
 
-    def receive(self, answer: type[_M], size: Callable[[_M], int] | None = None) -> tuple[_M, np.ndarray]:
+    def put(self, message: AnyMessage, payload: memoryview) -> None:
+        """Send with a payload, whatever is shared, and wait until it is done."""
+        self.settle()
+        with self._exchange():
+            self.connection.send(message, payload)
+            self._receive(Done)
+
+    def _receive(self, answer: type[_M], size: Callable[[_M], int] | None = None) -> tuple[_M, np.ndarray]:
         """Wait for the answer to what was sent last."""
         held = [np.empty(0, np.uint8)]
 

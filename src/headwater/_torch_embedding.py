@@ -1,7 +1,8 @@
 """Tables as PyTorch modules: forward pulls rows, backward pushes their gradients.
 
 The rows live on the servers: a module has no parameters, and its `state_dict` is empty. Where its table's pushes count at once (ASP, SSP),
-that is in `backward`; under BSP it is in the worker's next `optimizer.step()`, with that step's weight, and not if no step follows.
+that is in `backward`; under BSP it is in the worker's next `optimizer.step()`, with that step's weight, whichever that is: a batch
+that is skipped after `backward` trains its rows with the next step.
 A loss that is scaled, as GradScaler does, scales what is pushed.
 """
 

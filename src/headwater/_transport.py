@@ -15,6 +15,7 @@ import select
 import socket
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -39,7 +40,6 @@ Sink = Callable[[AnyMessage, int], memoryview]
 Arrived = Callable[[int, int], None]
 _READ_BYTES = 1 << 16
 _HELD_BYTES = 1 << 14
-_FDS_MAX = 8
 
 
 class Received(NamedTuple):
@@ -105,8 +105,7 @@ class SocketConnection:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._input = bytearray(_READ_BYTES)
         self._start = self._stop = 0  # unread bytes of the input buffer
-        self._output = bytearray()  # held back, then `_bulk`
-        self._bulk: memoryview | None = None
+        self._held: deque[bytearray | memoryview] = deque()  # back: small frames run together, and large payloads
         self._timeout_s: float | None = None
         self._fds: list[int] = []
 
@@ -123,11 +122,10 @@ class SocketConnection:
         self.hold(message, payload)
         if fds:
             try:
-                sent = socket.send_fds(self._socket, [self._output], list(fds))
+                self._drop(socket.send_fds(self._socket, list(self._held), list(fds)))
             except OSError as error:
                 raise self._lost(error) from error
-            del self._output[:sent]
-        if self._start == self._stop:
+        if self._start == self._stop or self._holds_much:
             self.flush()
 
     def hold(self, message: AnyMessage, payload: memoryview | None = None) -> None:
@@ -136,34 +134,40 @@ class SocketConnection:
         if payload is None:
             return
         if size <= _HELD_BYTES:
-            self._output += payload
+            self._hold_small(payload)
         else:
-            self._bulk = payload.cast("B")
+            self._held.append(payload.cast("B"))
 
     def send_head(self, message: AnyMessage, size: int) -> None:
-        if self._bulk is not None:
-            self.flush()
         control = encode(message)
-        self._output += pack_header(len(control), size)
-        self._output += control
+        self._hold_small(pack_header(len(control), size) + control)
 
     def send_more(self, piece: memoryview) -> None:
-        self._bulk = piece
+        self._held.append(piece)
         self.flush()
 
     def flush(self) -> None:
-        views = [memoryview(held) for held in (self._output, self._bulk) if held]
-        if not views:
-            return
-        self._output, self._bulk = bytearray(), None
         try:
-            sent = self._socket.sendmsg(views)
-            for view in views:
-                if sent < view.nbytes:
-                    self._socket.sendall(view[sent:])
-                sent = max(sent - view.nbytes, 0)
+            while self._held:
+                self._drop(self._socket.sendmsg(self._held))
         except OSError as error:
             raise self._lost(error) from error
+
+    def _hold_small(self, data: bytes | memoryview) -> None:
+        if not self._held or isinstance(self._held[-1], memoryview):
+            self._held.append(bytearray())
+        self._held[-1] += data  # type: ignore[operator]
+
+    def _drop(self, sent: int) -> None:
+        """Forget so many bytes of what was held back."""
+        while self._held and sent >= len(self._held[0]):
+            sent -= len(self._held.popleft())
+        if sent:
+            self._held[0] = self._held[0][sent:]
+
+    @property
+    def _holds_much(self) -> bool:
+        return any(isinstance(held, memoryview) for held in self._held)
 
     def receive(self, sink: Sink | None = None, *, with_fds: bool = False, arrived: Arrived | None = None) -> Received:
         if self._stop - self._start < HEADER_BYTES:
@@ -214,7 +218,7 @@ class SocketConnection:
 
     def _fill(self, size: int, with_fds: bool) -> None:
         """Have at least `size` unread bytes in the input buffer; what was held back is sent before this blocks."""
-        if with_fds or self._bulk is None:
+        if with_fds or not self._holds_much:
             self.flush()
         if self._start + size > len(self._input) or self._start == self._stop:
             unread = self._input[self._start : self._stop]
@@ -236,7 +240,7 @@ class SocketConnection:
     def _read(self, view: memoryview, with_fds: bool) -> int:
         if not (with_fds and self.can_share):
             return self._read_into(view)  # descriptors that nobody asked for are dropped by the kernel
-        count, ancillary, _, _ = self._socket.recvmsg_into([view], socket.CMSG_SPACE(_FDS_MAX * 4))
+        count, ancillary, _, _ = self._socket.recvmsg_into([view], socket.CMSG_SPACE(_limits.DESCRIPTORS * 4))
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 self._fds += array.array("i", data[: len(data) - len(data) % 4])
@@ -244,25 +248,21 @@ class SocketConnection:
 
     def _read_into(self, view: memoryview) -> int:
         """Read what there is; until there is something, send on what was held back."""
-        if self._bulk is not None:
+        if self._held:
             poll = select.poll()
+            if self._socket.fileno() < 0:
+                raise ConnectionError("it is closed")
             poll.register(self._socket, select.POLLIN | select.POLLOUT)
-            while self._bulk is not None:
+            while self._held:
                 events = poll.poll(None if self._timeout_s is None else 1e3 * self._timeout_s)
                 if not events:
                     raise BlockingIOError("neither way moves")
                 if events[0][1] & select.POLLOUT:
-                    self._send_some(self._bulk)
+                    with contextlib.suppress(BlockingIOError):  # no memory for it just now
+                        self._drop(self._socket.sendmsg(self._held, [], socket.MSG_DONTWAIT))
                 if events[0][1] & ~select.POLLOUT:
                     break
         return self._socket.recv_into(view)
-
-    def _send_some(self, bulk: memoryview) -> None:
-        """Send as much of what was held back as goes without waiting."""
-        sent = self._socket.sendmsg([self._output, bulk], [], socket.MSG_DONTWAIT)
-        head = min(sent, len(self._output))
-        del self._output[:head]
-        self._bulk = bulk[sent - head :] if sent - head < bulk.nbytes else None
 
     def _receive_payload(self, target: memoryview, arrived: Arrived | None) -> None:
         ready = min(self._stop - self._start, target.nbytes)

@@ -3,8 +3,8 @@
     optimizer = hw.torch.Optimizer(model, hw.optim.AdamW(lr=3e-4))
     embedding = hw.torch.Embedding(session.table("items", dim=64))
 
-The model's parameters move into the session's arena, so that a push copies only gradients and, under BSP on one machine, a
-pull copies nothing.
+The model's parameters move into the session's arena, so that a push copies only gradients and, on one machine, a pull
+copies nothing (with several servers: under BSP).
 """
 
 from __future__ import annotations
@@ -110,14 +110,18 @@ class Optimizer(torch.optim.Optimizer):
         names = [spec.name for spec in specs]
         dtypes = [p.dtype for _, p, _ in self._parameters]
         self._gradients = [_to_torch(self.session.gradients[n], d) for n, d in zip(names, dtypes, strict=True)]
-        self._sides = [
-            [_to_torch(side[n], d) for n, d in zip(names, dtypes, strict=True)] for side in self.session.sides
-        ]
+        self._sides: list[list[torch.Tensor]] = []
         self._bind(first=True)
+
+    def _current(self) -> list[torch.Tensor]:
+        """Return the parameters of the session's current side."""
+        for side in self.session.sides[len(self._sides) :]:  # more come while others join
+            self._sides.append([_to_torch(side[name], p.dtype) for name, p, _ in self._parameters])
+        return self._sides[self.session.side]
 
     def _bind(self, *, first: bool = False) -> None:
         """Let the parameters be the session's current side."""
-        side = self._sides[self.session.side]
+        side = self._current()
         if not self._on_worker:
             for (_, parameter, _), view in zip(self._parameters, side, strict=True):
                 parameter.data = view
@@ -189,7 +193,7 @@ class Optimizer(torch.optim.Optimizer):
     def _step_here(self, absent: Sequence[bool]) -> None:
         """where="worker": make the user's own step from the mean gradient."""
         assert self.inner is not None
-        side = self._sides[self.session.side]
+        side = self._current()
         for (_, parameter, _), mean, missing in zip(self._parameters, side, absent, strict=True):
             # Nobody had a gradient where the mean of all is nothing but zeros: untouched, as in one process.
             parameter.grad = None if missing and not mean.any() else mean.clone()
@@ -198,7 +202,7 @@ class Optimizer(torch.optim.Optimizer):
     def _check_arena(self) -> None:
         if self._on_worker:
             return
-        for (name, parameter, _), view in zip(self._parameters, self._sides[self.session.side], strict=True):
+        for (name, parameter, _), view in zip(self._parameters, self._current(), strict=True):
             if parameter.data_ptr() != view.data_ptr() or parameter.dtype != view.dtype:
                 raise LayoutError(
                     f"Expected parameter {name!r} in the session's memory as {view.dtype}, got it elsewhere as {parameter.dtype}: "
