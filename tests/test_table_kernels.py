@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
+import time
 from pathlib import Path
 from typing import Any
 
@@ -843,3 +847,140 @@ def test_a_follower_who_asks_too_late_starts_over() -> None:
     assert {int(i): row.tobytes() for i, row in zip(ids, rows, strict=True)} == {
         i: whole[:16] for i, whole in dump(table).items()
     }
+
+
+# ---- spilling ------------------------------------------------------------------------------------------------
+
+#: Ids of a few buckets, for each bucket needs some memory: so few rows are many.
+HERE = np.arange(1_600_000)[_kernels.bucket_of(np.arange(1_600_000)) < 16]
+BUDGET = 2_500_000
+
+
+def spilling_table(folder: Path, budget: int = BUDGET, **options: Any) -> _kernels.Table:
+    options = {"buckets": (0, 16), "budget_bytes": budget, "when_full": "spill", "spill_folder": str(folder)} | options
+    return make_table(RULES[2], 12, **options)
+
+
+def fill(table: _kernels.Table, count: int, batch: int = 5_000) -> None:
+    """Push every one of the first `count` ids once."""
+    for at in range(0, count, batch):
+        push(table, RULES[2], HERE[at : at + batch], np.ones((batch, 12), np.float32))
+
+
+@pytest.mark.parametrize("evict", ["lru", "lfu"])
+def test_rows_on_disk_are_the_same_rows(tmp_path: Path, evict: str) -> None:
+    """Against a table that has room for all: pushes, both kinds of pulls, deletions, expiry, decay, a follower; budget kept."""
+    options: dict[str, Any] = {"decay": 0.8, "expire_steps": 900}
+    table = spilling_table(tmp_path, evict=evict, threads=2, **options)
+    twin = make_table(RULES[2], 12, buckets=(0, 16), **options)
+    table.track("replica")
+    rng = np.random.default_rng(0)
+    replica: dict[int, bytes] = {}
+    step = 1
+    for turn in range(60):
+        step += int(rng.integers(0, 40))
+        ids = HERE[rng.choice(60_000, 5_000, replace=False)]
+        gradients = rng.standard_normal((5_000, 12)).astype(np.float32)
+        for each in (table, twin):
+            push(each, RULES[2], ids, gradients, step)
+        asked, touch = HERE[rng.choice(60_000, 9_000)], turn % 2 == 0
+        assert pull(table, asked, 12, touch=touch).tobytes() == pull(twin, asked, 12, touch=touch).tobytes()
+        if turn % 10 == 5:
+            assert table.delete(asked[:500]) == twin.delete(asked[:500])
+        if turn % 7 == 3:
+            table.prefetch(asked)
+        if turn % 20 == 10:
+            more = True
+            while more:
+                written, rows, deleted, restart, more = table.changes("replica", 20_000)
+                if restart:
+                    replica.clear()
+                for i in deleted.tolist():
+                    replica.pop(i, None)
+                replica |= {int(i): row.tobytes() for i, row in zip(written, rows, strict=True)}
+            assert replica == {i: whole[: 13 * 4] for i, whole in dump(twin).items()}
+        assert table.bytes <= BUDGET
+    stats = table.stats()
+    assert stats["spilled"] > 50_000
+    assert stats["loaded"] > 50_000
+    assert stats["spilled_bytes"] < 3 * stats["spilled_rows"] * 68 + (8 << 20), "the file does not grow for ever"
+    assert dump(table) == dump(twin)
+    table.sweep(step=step + 2_000, now=0.0)
+    table.changes("replica")
+    assert dump(table) == {}
+    assert table.stats()["spilled_rows"] == 0
+
+
+def test_a_spilled_row_costs_little_memory(tmp_path: Path) -> None:
+    """11 bytes in a large table; here also what a small one rounds up to."""
+    table = spilling_table(tmp_path, budget=3_000_000)
+    before = table.bytes
+    fill(table, 100_000)
+    stats = table.stats()
+    assert stats["rows"] + stats["spilled_rows"] == 100_000
+    assert stats["spilled_rows"] > 60_000
+    assert table.bytes <= 3_000_000
+    assert table.bytes - before - stats["rows"] * (16 + 13 * 4) < 18 * stats["spilled_rows"]
+
+
+def test_what_is_asked_for_ahead_comes_into_memory(tmp_path: Path) -> None:
+    table = spilling_table(tmp_path)
+    fill(table, 90_000)
+    wanted, before = HERE[:3_000], dump(table)
+    table.prefetch(wanted)
+    limit = time.monotonic() + 30
+    while table.stats()["loaded"] < 2_000:
+        assert time.monotonic() < limit
+        os.sched_yield()
+    assert pull(table, wanted, 12).tobytes() == b"".join(before[i][:48] for i in wanted.tolist())
+    del table  # the thread that brings them in ends
+
+
+def test_a_full_disk_changes_nothing(tmp_path: Path) -> None:
+    """A limit of a file's size stands for the disk's: the system refuses room in the same place."""
+    table = spilling_table(tmp_path)
+    ones = np.ones((5_000, 12), np.float32)
+    at = 0
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, old[1]))
+    try:
+        with pytest.raises(OSError, match="Cannot make room on the disk for rows") as caught:  # noqa: PT012
+            while at < 95_000:
+                push(table, RULES[2], HERE[at : at + 5_000], ones, at + 1)
+                at += 5_000
+        assert caught.value.errno in (errno.ENOSPC, errno.EFBIG)
+        assert at > 40_000
+        rows = dump(table)
+        assert sorted(rows) == HERE[:at].tolist()
+        with pytest.raises(OSError, match="Cannot make room"):
+            push(table, RULES[2], HERE[at : at + 5_000], ones, at + 1)
+        assert dump(table) == rows
+        asked = HERE[:at]
+        assert pull(table, asked, 12).tobytes() == b"".join(rows[i][:48] for i in asked.tolist())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    push(table, RULES[2], HERE[at : at + 5_000], ones, at + 1)
+    assert sorted(dump(table)) == HERE[: at + 5_000].tolist()
+
+
+def test_spilling_needs_a_folder_and_a_budget(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="Cannot make a file to spill to") as caught:
+        spilling_table(tmp_path / "nowhere")
+    assert caught.value.errno == errno.ENOENT
+    with pytest.raises(ValueError, match="one missing"):
+        spilling_table(tmp_path, budget=0)
+    with pytest.raises(ValueError, match="one missing"):
+        make_table(RULES[0], 3, when_full="spill", budget_bytes=1 << 24)
+    spilling_table(tmp_path)
+    assert list(tmp_path.iterdir()) == [], "the file has no name"
+
+
+def test_more_rows_than_fit_in_memory_are_refused_in_a_push_and_pulled_in_turns(tmp_path: Path) -> None:
+    table = spilling_table(tmp_path)
+    fill(table, 60_000)
+    before, ids = dump(table), HERE[:60_000]
+    with pytest.raises(ValueError, match="raise the budget or send smaller batches"):
+        push(table, RULES[2], ids, np.ones((60_000, 12), np.float32))
+    assert dump(table) == before
+    assert pull(table, ids, 12, touch=True).tobytes() == b"".join(before[i][:48] for i in ids.tolist())
+    assert table.bytes <= BUDGET

@@ -196,7 +196,8 @@ class Table:
         decay: counts are multiplied by it once every 1,000 steps, rounded down to a sixteenth. 0 < decay <= 1.
         budget_bytes: 0: no limit. Everything counts, growth too, and `bytes` never exceeds it. ValueError, naming the smallest,
             when it is too small for a handful of rows in each bucket.
-        when_full: "evict" or "spill" (to an unnamed file in spill_folder, which must exist; OSError when it cannot be made).
+        when_full: "evict" or "spill" (to an unnamed file in spill_folder, which must exist; OSError when it cannot be made). In
+            memory a spilled row costs about 11 bytes.
         evict: "lru" or "lfu": who goes, the worst of a few rows drawn at random.
         buckets: [first, limit) of those that live here.
         """
@@ -219,7 +220,10 @@ class Table:
         """
 
     def prefetch(self, ids: Buffer) -> None:
-        """Start to bring spilled rows of ids into memory and return at once; best effort, errors are left to the pull."""
+        """Start to bring spilled rows of ids into memory and return at once; best effort, errors are left to the pull.
+
+        It does not count as seen: what the table says of its rows is the same with and without.
+        """
 
     def sweep(self, *, step: int, now: float) -> int:
         """Look at the next few rows, delete the expired among them and return how many: cheap, call it every step.

@@ -109,10 +109,10 @@ void Table::plan_budget() {
   if (rows_for(settings_.budget_bytes) < kBucketRowsMin) {
     int64_t smallest = settings_.budget_bytes;
     while (rows_for(smallest) < kBucketRowsMin) smallest += smallest / 16 + 4096;
-    throw std::invalid_argument("Expected a budget of at least about " + std::to_string(smallest) + " bytes, got " +
-                                std::to_string(settings_.budget_bytes) + ": that is " + std::to_string(kBucketRowsMin) + " rows of " +
+    throw std::invalid_argument("Expected a budget of at least about " + std::to_string(smallest) + " bytes for a few rows of " +
                                 std::to_string(shape_.row_bytes) + " bytes in each of " +
-                                std::to_string(settings_.bucket_limit - settings_.first_bucket) + " buckets.");
+                                std::to_string(settings_.bucket_limit - settings_.first_bucket) + " buckets, got " +
+                                std::to_string(settings_.budget_bytes) + ".");
   }
   slabs_ = std::make_unique<Slabs>(shape_.chunk_bytes, Slabs::region_of(shape_.chunk_bytes, settings_.budget_bytes / kBudgetSlack));
 }

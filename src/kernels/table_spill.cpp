@@ -93,28 +93,37 @@ int64_t Table::pull_spilled(const int64_t* ids, const std::vector<int64_t>& whic
     std::copy(values, values + settings_.dim, out + want.index * settings_.dim);
     hits++;
   };
-  const auto sorted_wants = [&](size_t first, size_t limit) {
+  const auto sorted_wants = [&](const std::vector<int64_t>& indexes) {
     Wants wants{ids, {}, {}};
-    for (size_t i = first; i < limit; i++) {
-      const uint64_t hash = hash_of(ids[which[i]]);
-      wants.add(bucket_at(hash), hash, which[i]);
+    for (int64_t i : indexes) {
+      const uint64_t hash = hash_of(ids[i]);
+      wants.add(bucket_at(hash), hash, i);
     }
     wants.sort(shape_.unit_rows, shape_.spill_base);
     return wants;
   };
   if (!touch) {
-    read_wanted(sorted_wants(0, which.size()), [&](const Want& want, const Header* stored) {
+    read_wanted(sorted_wants(which), [&](const Want& want, const Header* stored) {
       if (!has_expired(stored->last, clock)) copy_out(want, stored);
     });
     return hits;
   }
 
-  for (size_t first = 0, limit; first < which.size(); first = limit) {
+  for (size_t next = 0; next < which.size();) {
+    std::vector<int64_t> round;
     int64_t rows[kBuckets] = {};
-    bool is_enough = false;
-    for (limit = first; limit < which.size() && static_cast<int64_t>(limit - first) < kRoundIds && !is_enough; limit++) {
-      const uint64_t hash = hash_of(ids[which[limit]]);
+    for (bool is_enough = false; next < which.size() && static_cast<int64_t>(round.size()) < kRoundIds && !is_enough; next++) {
+      const int64_t i = which[next];
+      const uint64_t hash = hash_of(ids[i]);
       Bucket& bucket = bucket_at(hash);
+      // A repeated id may be in memory since an earlier round; it is taken now, for making room may drive it out again.
+      const Found found = bucket.find(hash, ids[i]);
+      if (found.row != nullptr) {
+        std::copy(found.row->values(), found.row->values() + settings_.dim, out + i * settings_.dim);
+        hits++;
+        continue;
+      }
+      round.push_back(i);
       int64_t& more = rows[bucket_of(hash)];
       bucket.each_spilled(hash, [&](uint32_t) { more++; });
       is_enough = more > bucket.rows() / 4;
@@ -124,15 +133,7 @@ int64_t Table::pull_spilled(const int64_t* ids, const std::vector<int64_t>& whic
       if (rows[b] > 0) needs.push_back({&buckets_[static_cast<size_t>(b)], rows[b], 0});
     }
     make_room(needs);
-    // An id of this round that an earlier one has brought in is in memory.
-    for (size_t i = first; i < limit; i++) {
-      const int64_t id = ids[which[i]];
-      const Found found = bucket_at(hash_of(id)).find(hash_of(id), id);
-      if (found.row == nullptr) continue;
-      std::copy(found.row->values(), found.row->values() + settings_.dim, out + which[i] * settings_.dim);
-      hits++;
-    }
-    read_wanted(sorted_wants(first, limit), [&](const Want& want, const Header* stored) {
+    read_wanted(sorted_wants(round), [&](const Want& want, const Header* stored) {
       if (has_expired(stored->last, clock)) return;
       copy_out(want, stored);
       const uint64_t hash = hash_of(stored->id);
