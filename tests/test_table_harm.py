@@ -81,3 +81,36 @@ def test_a_copied_model_has_the_same_table_and_a_pickled_one_is_refused() -> Non
         assert copy.deepcopy(model).table is table
         with pytest.raises(errors.UsageError, match="export"):
             pickle.dumps(model)
+
+
+@pytest.mark.parametrize("consistency", [hw.asp(), hw.bsp()])
+def test_rows_that_do_not_fit_are_on_disk_and_come_back(consistency: hw.Consistency, tmp_path: Path) -> None:
+    count, dim = 400_000, 8
+    policy = hw.RowPolicy(when_full="spill", budget_bytes=13_000_000, spill_folder=str(tmp_path))
+    with start_job(transport="shm", consistency=consistency) as job, job.connect() as session:
+        table = session.table("items", dim, initial=hw.Constant(0.0), optimizer=hw.optim.SGD(lr=1.0), policy=policy)
+        ids = np.random.default_rng(0).permutation(count).reshape(-1, 10_000)
+        for _ in range(2):
+            for some in ids:
+                table.push(some, -np.repeat(some[:, None], dim, axis=1).astype(np.float32))
+                if consistency == hw.bsp():
+                    session.step()
+        stats = table.stats()
+        assert stats.rows + stats.spilled_rows == count
+        assert stats.spilled_rows > count // 3
+        assert stats.bytes <= 13_000_000
+        for some in ids[::7]:
+            table.prefetch(some)
+            assert np.array_equal(table.pull(some), 2.0 * np.repeat(some[:, None], dim, axis=1))
+        assert table.stats().loaded > 0
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_that_cannot_spill_is_opened_on_no_server(tmp_path: Path) -> None:
+    policy = hw.RowPolicy(when_full="spill", budget_bytes=1 << 24, spill_folder=str(tmp_path / "none"))
+    with start_job(servers=2, consistency=hw.asp()) as job, job.connect() as session:
+        with pytest.raises(errors.StorageError, match="none"):
+            session.table("items", 2, policy=policy)
+        table = session.table("items", 2)
+        table.push(range(9), np.ones((9, 2), np.float32))
+        assert table.stats().rows == 9

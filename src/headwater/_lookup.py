@@ -321,7 +321,7 @@ class Table:
         return TableStats(**{**sums, "step": max(part.step for part in found)})
 
     def track(self, consumer: str) -> None:
-        """Begin a delta stream by this name, or start it over; `changes` then gives everything first. At most 8 a table."""
+        """Begin a delta stream by this name, or start it over; `changes` then gives everything first. At most 6 a table."""
         self._ask_all(Track(self._number, consumer, True), Done)
 
     def untrack(self, consumer: str) -> None:

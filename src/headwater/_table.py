@@ -178,7 +178,7 @@ class Rows:
     def stats(self) -> TableStats:
         """Return what this server has of the table."""
         found = {**self.kernel.stats(), "step": self.step}
-        return TableStats(*(found.get(name, 0) for name in TableStats.__struct_fields__))
+        return TableStats(*(found[name] for name in TableStats.__struct_fields__))
 
 
 class Answer(NamedTuple):
