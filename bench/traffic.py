@@ -11,7 +11,7 @@ DIM = 16
 KINDS = ("uniform", "zipf")
 ZIPF = 1.05
 BATCHES = 64  # so many that their rows do not stay in the caches
-FILL = 1 << 20  # ids in a batch that only makes rows
+FILL = 100_000  # few enough for a table that holds a small part of its rows in memory
 
 
 def batches(kind: str, rows: int, seed: int) -> list[np.ndarray]:
