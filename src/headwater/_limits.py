@@ -5,6 +5,7 @@ from __future__ import annotations
 CONTROL_BYTES = 1 << 24  # a message without its payload; a layout of 100,000 tensors fits
 PAYLOAD_BYTES = 1 << 40  # no shard is larger
 HANDSHAKE_S = 10.0  # from accept to a valid Hello
+CLOSE_S = 5.0  # for requests that are being carried out to end when a server closes
 CONNECT_S = 20.0  # until a server that is still starting must listen
 BEAT_INTERVAL_S = 1.0
 BEAT_LIMIT_S = 10.0  # a worker that sent no beat for so long is dead

@@ -115,6 +115,7 @@ class Server:
             self.coordinator = Coordinator(self.shard, consistency=consistency, workers=workers, servers=servers)
         self._listeners: list[socket.socket] = []
         self._connections: set[Connection] = set()
+        self._threads: set[threading.Thread] = set()
         self._lock = threading.Lock()
         self._is_closed = False
         self._folder: str | None = None
@@ -170,7 +171,9 @@ class Server:
                 connection.close()
                 return
             self._connections.add(connection)
-        threading.Thread(target=self._serve, args=(connection, check), name="serve", daemon=True).start()
+            thread = threading.Thread(target=self._serve, args=(connection, check), name="serve", daemon=True)
+            self._threads.add(thread)
+            thread.start()
 
     def keep(self, connection: Connection) -> None:
         """Close this connection when the server closes."""
@@ -221,6 +224,8 @@ class Server:
             connection.close()
             if handler is not None:
                 handler.close()
+            with self._lock:
+                self._threads.discard(threading.current_thread())
 
     def _greet(self, connection: Connection) -> Hello:
         hello = connection.receive().message
@@ -240,7 +245,7 @@ class Server:
             if self._is_closed:
                 return
             self._is_closed = True
-            connections = list(self._connections)
+            connections, threads = list(self._connections), set(self._threads)
         for listener in self._listeners:
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)
@@ -249,6 +254,10 @@ class Server:
             connection.close()
         if self.coordinator is not None:
             self.coordinator.close()
+        # A thread that is in native code while the interpreter ends would abort the process.
+        deadline = time.monotonic() + _limits.CLOSE_S
+        for thread in threads - {threading.current_thread()}:
+            thread.join(max(deadline - time.monotonic(), 0.0))
         if self.address.unix:
             path = Path(Address.parse(self.address.unix).host)
             with contextlib.suppress(OSError):
