@@ -262,7 +262,11 @@ def spill(fleet: Fleet) -> Answer:
 #: Figure → what its value says, the value's unit, how to measure it.
 FIGURES: dict[str, tuple[str, str, Callable[[Fleet], Answer]]] = {
     "tables.1": ("MovieLens-100k, two ASP workers, matrix factorisation", "held-out RMSE", quality),
-    "tables.2": ("Pull + push of 26 × 4,096 ids of 10 M, two workers, uniform", "of the bare kernels' ids/s", speed),
+    "tables.2": (
+        "Pull + push of 26 × 4,096 ids of 10 M, two workers, uniform",
+        "of bare lookup and update's ids/s",
+        speed,
+    ),
     "tables.3": ("The same against Redis, PyTorch RPC and nn.Embedding", "times Redis, uniform", redis_and_torch),
     "tables.4": ("ns per id of a table that grows, against itself", "times", growth),
     "tables.5": ("36 of 37 rows on disk, Zipf 1.05", "of the disk's random IOPS", spill),

@@ -68,7 +68,7 @@ class Foreseen:
     def __init__(self, spec: CommitSpec) -> None:
         self.spec = spec
         self.done = 0  # bytes of the part that are applied
-        self.is_whole = self.has_counted = False
+        self.has_counted = False
 
 
 class Shard:
@@ -132,7 +132,8 @@ class Shard:
             missing = self._missing_push(spec)
             if missing is not None:
                 return Prepared((number, missing, -1, -1))
-        if foreseen is not None and foreseen.is_whole and request.commits == (foreseen.spec,):
+        is_whole = foreseen is not None and foreseen.done == self.part.wire_bytes
+        if foreseen is not None and is_whole and request.commits == (foreseen.spec,):
             self._prepared, self._standing = True, foreseen
             return Prepared()
         sums = []
@@ -200,15 +201,19 @@ class Shard:
             planes[slot][:] = self.optimizer.initial(slot)
         return planes
 
+    def _wire(self, side: int, s: Slice) -> np.ndarray:
+        """Return a slice's parameters as they travel, uint8."""
+        return self._wires[side].array[s.byte : s.byte + s.wire_bytes]
+
     def _planes(self, i: int, s: Slice) -> _Planes:
         """Return a slice's state by name; the parameters are their own master copy where the dtype allows."""
-        wire = self._wires[self.side].array[s.byte : s.byte + s.wire_bytes]
+        wire = self._wire(self.side, s)
         own = {"master": wire.view(s.lane.master)} if s.lane.dtype == s.lane.master else {}
         return {"parameters": wire, **own, **self._hidden[self._half][i]}
 
     def _kernel_planes(self, i: int, s: Slice, side: int, half: int) -> list[np.ndarray]:
         """In the kernel's order: the parameters, the master copy where it is another, the slots."""
-        wire = self._wires[side].array[s.byte : s.byte + s.wire_bytes]
+        wire = self._wire(side, s)
         return [wire if s.lane.dtype != s.lane.master else wire.view(s.lane.master), *self._hidden[half][i].values()]
 
     def _missing_push(self, spec: CommitSpec) -> int | None:
@@ -294,7 +299,6 @@ class Shard:
                     bad = self._apply(i, [self._kernel_commit(foreseen.spec, i, s)], blocks)
                     if bad is not None:
                         self._foreseen = None  # found again, with its place, when the push is whole
-            foreseen.is_whole = foreseen.done == self.part.wire_bytes
             return memoryview(self._wires[self._target].array[done : foreseen.done])
 
     def sides(self, identity: int, known: int) -> list[int]:

@@ -405,7 +405,7 @@ class Table:
             for start in range(0, len(mine), _limits.PAGE_ROWS):
                 some = mine[start : start + _limits.PAGE_ROWS]
                 page = join_page(saved.ids[some], saved.last_seen[some], rows[some], saved.counts[some])
-                link.put(PagePut(self._number, len(some), saved.step), page)
+                link.ask(PagePut(self._number, len(some), saved.step), Done, payload=page)
         return len(batch.distinct)
 
     def _still(self) -> AbstractContextManager[Any]:

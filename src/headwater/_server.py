@@ -290,7 +290,6 @@ class _Handler:
         self._carried = False  # whether a payload came with the push
         self._desk = server.shard.tables.desk(hello.identity) if hello.role == "table" else None
         self._foreseen: Foreseen | None = None  # the commit that the arriving push completes
-        self._streamed = 0  # bytes of its parameters that were sent
 
     def welcome(self) -> None:
         """Take the peer in, or raise."""
@@ -390,7 +389,7 @@ class _Handler:
         is_worker = self.role in ("worker", "data")
         if isinstance(message, (Seal, Push)) and is_worker:
             inbox = self._shard.inbox(self._identity, size)
-            self._carried, self._foreseen, self._streamed = True, None, 0
+            self._carried, self._foreseen = True, None
             if isinstance(message, Seal) and message.pull == "sent" and size > _limits.PIECE_BYTES:
                 self._foreseen = self._job().foresee(self._identity, message)
             return inbox
@@ -404,15 +403,15 @@ class _Handler:
 
     def _arrived(self, ready: int, size: int) -> None:
         """So much of a payload has come. Where it is the last push of a commit, what came is applied and goes back at once."""
-        if self._foreseen is None or (ready < size and ready - self._streamed < _limits.PIECE_BYTES):
+        sent = 0 if self._foreseen is None else self._foreseen.done
+        if self._foreseen is None or (ready < size and ready - sent < _limits.PIECE_BYTES):
             return
         piece = self._shard.advance(self._foreseen, ready)
         if not piece.nbytes:
             return
-        if self._streamed == 0:
+        if sent == 0:
             self._connection.send_head(Pulled(self._shard.commit + 1), size)
         self._connection.send_more(piece)
-        self._streamed += piece.nbytes
 
     def _note_push(self, sequence: int) -> None:
         carried, self._carried = self._carried, False

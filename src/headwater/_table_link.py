@@ -16,7 +16,7 @@ import numpy as np
 from headwater import _limits
 from headwater._errors import ClosedError, HeadwaterError, LayoutError, PeerError, ProtocolError, WaitTimeoutError
 from headwater._memory import stack_buffers, zeroed
-from headwater._messages import AnyMessage, Attached, Done, Room
+from headwater._messages import AnyMessage, Attached, Room
 from headwater._transport import Connection
 
 _M = TypeVar("_M")
@@ -133,27 +133,20 @@ class Link:
             raise first
 
     def ask(
-        self, message: AnyMessage, answer: type[_M], size: Callable[[_M], int] | None = None
+        self,
+        message: AnyMessage,
+        answer: type[_M],
+        size: Callable[[_M], int] | None = None,
+        payload: memoryview | None = None,
     ) -> tuple[_M, np.ndarray]:
-        """Ask and wait; returns the answer and its payload, whose size the answer tells."""
-        self.settle()
-        with self._exchange():
-            self.connection.send(message)
-            return self._receive(answer, size)
-
-    def put(self, message: AnyMessage, payload: memoryview) -> None:
-        """Send with a payload, whatever is shared, and wait until it is done."""
-        self.settle()
-        with self._exchange():
-            self.connection.send(message, payload)
-            self._receive(Done)
-
-    def _receive(self, answer: type[_M], size: Callable[[_M], int] | None = None) -> tuple[_M, np.ndarray]:
-        """Wait for the answer to what was sent last."""
+        """Ask and wait; returns the answer and its payload, whose size the answer tells. payload: travels there, whatever is shared."""
         held = [np.empty(0, np.uint8)]
 
         def place(message: AnyMessage) -> memoryview:
             held[0] = np.empty(size(message) if size is not None and isinstance(message, answer) else 0, np.uint8)
             return memoryview(held[0])
 
-        return self._session._receive_from(self.connection, answer, place)[0], held[0]
+        self.settle()
+        with self._exchange():
+            self.connection.send(message, payload)
+            return self._session._receive_from(self.connection, answer, place)[0], held[0]

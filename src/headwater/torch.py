@@ -210,8 +210,10 @@ class Optimizer(torch.optim.Optimizer):
                 )
 
     def _rows(self) -> list[tuple[float, ...]]:
-        if self._on_worker or not self._parameters:
-            return [()] * len(self.param_groups if self._parameters else ())
+        if not self._parameters:
+            return []
+        if self._on_worker:
+            return [()] * len(self.param_groups)
         return [tuple(_scalar(group, name) for name in self._names) for group in self.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
