@@ -404,7 +404,7 @@ def test_a_push_of_the_wrong_size_is_refused_before_memory_is_taken() -> None:
         register(session)
         connection = connect(Address.parse(job.address))
         with contextlib.closing(connection):
-            connection.send(Hello(TOKEN, "data", session._identity))
+            connection.send(Hello(TOKEN, "data", session._peers.hello.identity))
             connection.receive()
             connection.send_head(Push(0), 1 << 39)
             connection.flush()

@@ -25,7 +25,7 @@ ORDER = [
     "optim", "_layout", "_consistency", "_rows", "_messages", "_wire",
     "_plan", "_memory", "_transport", "_table", "_dense",
     "_coordinator", "_server",
-    "_checkpoint", "_data", "_rows_file", "_table_link", "_lookup", "_session",
+    "_checkpoint", "_data", "_rows_file", "_peers", "_dense_link", "_table_link", "_lookup", "_session",
     "__init__",
     "_torch_embedding", "torch",
     "_launch", "_display", "_demo", "_cli", "__main__",

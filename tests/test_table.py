@@ -436,7 +436,7 @@ def test_what_is_staged_for_a_step_that_counts_nowhere_is_dropped() -> None:
         table.push([1], ones(1, 1))
         session.step({})  # no dense gradient at all
         np.testing.assert_array_equal(table.pull([1]), [[-1.0]])
-        assert not any(desk.staged for desk in session._server.shard.tables._desks.values())  # type: ignore[union-attr]
+        assert not any(desk.staged for desk in session._peers.server.shard.tables._desks.values())  # type: ignore[union-attr]
 
 
 def test_a_push_belongs_to_the_step_after_it_also_before_the_answer_to_the_last() -> None:
@@ -972,7 +972,7 @@ def test_a_worker_that_was_dropped_can_push_no_more() -> None:
         table = session.table("items", 1)
         table.push([1], ones(1, 1))
         table.pull([1])
-        started.servers[0].coordinator.leave(session._identity)  # type: ignore[union-attr]
+        started.servers[0].coordinator.leave(session._peers.hello.identity)  # type: ignore[union-attr]
         table.push([1], ones(1, 1))
         with pytest.raises(errors.PeerError):
             table.pull([1])

@@ -5,76 +5,58 @@ from __future__ import annotations
 import atexit
 import os
 import socket
-import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import numpy as np
 
-from headwater import _kernels, _limits
 from headwater._consistency import Consistency
 from headwater._data import Portion, Sized
+from headwater._dense_link import DenseLink
 from headwater._errors import (
     ClosedError,
     HeadwaterError,
     LayoutError,
-    ProtocolError,
     SettingError,
     UsageError,
-    WaitTimeoutError,
 )
-from headwater._layout import Layout, Part, TensorSpec
+from headwater._layout import Layout, TensorSpec
 from headwater._lookup import Table, Tables
-from headwater._memory import stack_buffers, zeroed
 from headwater._messages import (
     AnyMessage,
-    Attach,
-    Attached,
-    Beat,
-    Committed,
     Declare,
     Declared,
     Done,
-    Failed,
     Held,
     Hello,
-    Here,
     Hold,
     Initialised,
-    Leave,
     Pull,
     Pulled,
-    Push,
-    Put,
     Register,
     Registered,
     Report,
     Resume,
     Seal,
-    Sides,
     State,
     StateGet,
     StateSet,
     Stats,
     StatsGet,
-    Waiting,
-    Welcome,
-    encode,
 )
+from headwater._peers import Peers, nearest, warn
 from headwater._plan import pack_absent
 from headwater._rows import AnyInitial, RowPolicy, spec_of
 from headwater._table_link import Link
-from headwater._transport import Address, Connection, connect, host_name, request
-from headwater._wire import pack_header
+from headwater._transport import Address
 from headwater.optim import SGD, AnyOptimizer, RowOptimizer
 
 if TYPE_CHECKING:
     from headwater._checkpoint import Checkpoint
-    from headwater._server import Server
 
 _M = TypeVar("_M")
 _open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -110,21 +92,6 @@ class JobState(MutableMapping[str, Any]):
         return len(self._items())
 
 
-class _Link:
-    """The way to one server's part of the arena."""
-
-    def __init__(self, connection: Connection, part: Part, *, shares: bool) -> None:
-        self.connection, self.part, self.shares = connection, part, shares
-        self.byte = slice(part.start_byte, part.start_byte + part.wire_bytes)
-        self.pushed: memoryview | None = None  # payload of a push, where it travels
-        self.pulled: memoryview | None = None  # where the payload of a pull goes
-
-    def use(self, arenas: Sequence[np.ndarray]) -> None:
-        """Note the arenas for gradients and parameters."""
-        if not self.shares:
-            self.pushed, self.pulled = (memoryview(arena[self.byte]) for arena in arenas)
-
-
 class Session:
     """One worker of a job, made by `connect`. It is used by one thread at a time, in the process that made it.
 
@@ -133,63 +100,34 @@ class Session:
     """
 
     def __init__(self, address: Address | None, *, hello: Hello, transport: str, timeout_s: float) -> None:
-        self._token, self._transport, self._timeout_s = hello.token, transport, timeout_s
         self._pid = os.getpid()
-        self._identity = hello.identity
-        self._server: Server | None = None
-        self._beat: Connection | None = None
-        self._heartbeat: _kernels.Heartbeat | None = None
-        self._data: dict[int, tuple[Connection, bool]] = {}  # by server
-        self._links: list[_Link] = []
+        self._dense: DenseLink | None = None
         self._tables: Tables | None = None
         self._layout: Layout | None = None
         self._optimizer: AnyOptimizer | None = None
         self._saved: Checkpoint | None = None
-        self._arenas: list[Any] = []
-        self.sides: list[dict[str, np.ndarray]] = []  #: sets of parameter views, of which one is current
-        self.side = 0  #: which of them is current
         self.accepted = 0  #: pushes in the commit that was last waited for
-        self._gradients: dict[str, np.ndarray] = {}
         self._sequence = -1
         self._is_pending = False  # a sealed push is not yet answered
         self._wants_pull = False
-        self._is_direct = self._reads_in_place = False
-        self._is_led = False  # each commit tells all workers which side to read; else a pull does
         self._is_closed = False
-        self.clock = 0  #: finished steps
         self.staleness = 0  #: commits by others between this worker's last pull and its last push
         self.state = JobState(self)
-        if address is None:
-            from headwater._server import Server  # only who serves pays for it at start
-
-            self._server = Server(token=hello.token, consistency=hello.consistency, workers=1)
-            self._control: Connection = self._server.connect_memory()
-        else:
-            self._control = connect(address, min(timeout_s, _limits.CONNECT_S))
+        self._peers = Peers(address, hello, transport=transport, timeout_s=timeout_s)
         try:
-            self._control.set_timeout(_limits.SILENCE_S)
-            self._control.send(hello)
-            welcome = self._receive(Welcome)
-            if address is not None and hello.role == "worker":
-                self._start_beat(address)
+            welcome = self._peers.greet()
         except BaseException:
             self.close()
             raise
         self.index = welcome.index  #: this worker's place among the workers, from 0
         self.workers = welcome.workers  #: how many the job was started for
         self.consistency = welcome.consistency
-        self._addresses = welcome.servers
-        self._control_address = address
         _open_sessions.add(self)
 
-    def _start_beat(self, address: Address) -> None:
-        beat = connect(address)
-        request(beat, Hello(self._token, "beat", self._identity))
-        control = encode(Beat())
-        self._beat = beat
-        self._heartbeat = _kernels.Heartbeat(
-            beat.fileno(), pack_header(len(control), 0) + control, _limits.BEAT_INTERVAL_S
-        )
+    @property
+    def clock(self) -> int:
+        """Finished steps."""
+        return self._peers.clock
 
     # Registration.
 
@@ -220,92 +158,23 @@ class Session:
         answer = self._ask(Register(layout.specs, optimizer), Registered)
         self._layout, self._optimizer = layout, optimizer
         self._scalars = [tuple(optimizer.scalars().values())] * layout.groups
-        self._attach()
+        self._dense = DenseLink(self._peers, layout, self.consistency)
         if answer.initialise:
             answer = self._initialise(values)
-        self.clock, self.side = answer.clock, answer.side if self._reads_in_place else 0
-        self.pull_parameters()
-
-    def _attach(self) -> None:
-        """Connect to every server that owns a part, and map or make the buffers."""
-        assert self._layout is not None
-        count = len(self._addresses)
-        fds: list[tuple[int, ...]] = []
-        for i in range(count):
-            part = self._layout.part(i, count)
-            if part.wire_bytes == 0:
-                continue
-            connection, shares = self._data_connection(i)
-            connection.send(Attach(shares))
-            attached, passed = self._receive_from(connection, Attached)
-            if shares != bool(passed) or len(passed) != attached.fds:
-                raise ProtocolError(f"Expected {attached.fds} shared buffers, got {len(passed)}.")
-            self._links.append(_Link(connection, part, shares=shares))
-            fds.append(passed)
-        sizes = [link.part.wire_bytes for link in self._links]
-        if not self._links or not self._links[0].shares:
-            self._arenas = [zeroed(self._layout.wire_bytes) for _ in range(2)]
-        else:
-            gradient, *sides = zip(*fds, strict=True)
-            self._arenas = [stack_buffers(list(gradient), sizes, private=False).array[: self._layout.wire_bytes]]
-            # The servers' own memory is read privately, so that a stray write harms nobody.
-            self._private = [stack_buffers(list(s), sizes, private=len(sides) > 1) for s in sides]
-            self._arenas += [arena.array[: self._layout.wire_bytes] for arena in self._private]
-        for link in self._links:
-            link.use(self._arenas)
-        # Push, seal and pull go to the same server on one connection: one message each way does.
-        self._is_direct = len(self._links) == 1 and self._links[0].connection is self._control
-        self._reads_in_place = len(self._arenas) > 2
-        self._is_led = self._reads_in_place and self.consistency.kind == "bsp"
-        self._gradients = self._layout.views(self._arenas[0])
-        self.sides = [self._layout.views(arena) for arena in self._arenas[1:]]
-
-    def _data_connection(self, i: int) -> tuple[Connection, bool]:
-        """Return the connection to server i and whether it shares memory; all servers the same way."""
-        if i not in self._data:
-            self._data[i] = self._open_data(i)
-        return self._data[i]
-
-    def _open_data(self, i: int, role: str = "data") -> tuple[Connection, bool]:
-        """Connect to server i; role "data" takes the control connection where that does."""
-        local = all(a.host == host_name() and a.unix for a in self._addresses)
-        shares = self._control.can_share if self._server is not None else local and self._transport != "tcp"
-        if self._transport == "shm" and not shares:
-            raise SettingError("Expected servers on this machine and of this user for transport='shm': leave it out.")
-        if i == 0 and self._control.can_share == shares and role == "data":
-            return self._control, shares
-        if self._server is not None:
-            return self._greeted(self._server.connect_memory(), role), shares
-        address = self._addresses[i].unix if shares else self._addresses[i].tcp
-        if not address:
-            raise SettingError(
-                "Expected a server that listens on TCP for transport='tcp', got one on a Unix socket only."
-            )
-        target = Address.parse(address)
-        if i == 0 and self._control_address is not None and target.kind == "tcp" == self._control_address.kind:
-            target = self._control_address
-        return self._greeted(connect(target), role), shares
-
-    def _greeted(self, connection: Connection, role: str) -> Connection:
-        connection.set_timeout(_limits.SILENCE_S)
-        request(connection, Hello(self._token, role, self._identity))
-        return connection
+        self._peers.clock = answer.clock
+        self._dense.begin(answer.side)
 
     def _initialise(self, values: Mapping[str, np.ndarray]) -> Registered:
         """Put this worker's values, or the loaded ones, on every server."""
-        assert self._layout is not None
+        layout, dense = self._require_registered()
         saved = self._saved
-        if saved is not None:
-            assert self._optimizer is not None
-            saved.check(self._layout, self._optimizer)
-            self._put_planes(saved.planes)
-            return self._ask(Initialised(saved.commit, saved.steps, saved.state), Registered)
-        arena = np.zeros(self._layout.wire_bytes, np.uint8)
-        for name, view in self._layout.views(arena).items():
-            view[...] = values[name]
-        for link in self._links:
-            request(link.connection, Put("parameters"), payload=memoryview(arena[link.byte]))
-        return self._ask(Initialised(), Registered)
+        if saved is None:
+            dense.put("parameters", values)
+            return self._ask(Initialised(), Registered)
+        assert self._optimizer is not None
+        saved.check(layout, self._optimizer)
+        self._put_planes(saved.planes)
+        return self._ask(Initialised(saved.commit, saved.steps, saved.state), Registered)
 
     # Tables.
 
@@ -333,11 +202,8 @@ class Session:
         spec_of(wanted, self.consistency, dim=1 if dim is None else dim)  # which checks it before it travels
         declared = self._ask(wanted, Declared)
         if self._tables is None:
-            links = []
-            for i in range(len(self._addresses)):
-                connection, shares = self._open_data(i, "table")
-                links.append(Link(self, connection, shares=shares))
-            self._tables = Tables(self, links)
+            opened = [self._peers.open("table", i) for i in range(len(self._peers.addresses))]
+            self._tables = Tables(self, [Link(self, connection, shares=shares) for connection, shares in opened])
         return self._tables.table(declared)
 
     @property
@@ -355,14 +221,23 @@ class Session:
     @property
     def gradients(self) -> dict[str, np.ndarray]:
         """Writable views of the push buffer, by name: what is written here is pushed without a copy. Yours until `push`."""
-        self._require_layout()
-        return self._gradients
+        return self._require_registered()[1].gradients
 
     @property
     def parameters(self) -> dict[str, np.ndarray]:
         """Views of the parameters as last pulled. Where they are read in place they are other arrays after each pull."""
-        self._require_layout()
-        return self.sides[self.side]
+        dense = self._require_registered()[1]
+        return dense.sides[dense.side]
+
+    @property
+    def sides(self) -> list[dict[str, np.ndarray]]:
+        """All sets of parameter views there are; what adapters use."""
+        return self._require_registered()[1].sides
+
+    @property
+    def side(self) -> int:
+        """Which of them `parameters` is now."""
+        return self._require_registered()[1].side
 
     def push(
         self,
@@ -389,7 +264,7 @@ class Session:
     ) -> None:
         if self._layout is None and self._tables is not None:
             self.register({})
-        layout = self._require_layout()
+        layout, _ = self._require_registered()
         absent = b""
         if gradients is not None:
             self._copy_in(gradients)
@@ -400,24 +275,13 @@ class Session:
         self, *, weight: float, scalars: Sequence[tuple[float, ...]], absent: bytes = b"", pull: bool = False
     ) -> None:
         """Push what stands in the push buffer; what adapters use. pull: `wait`, to be called next, also brings the new parameters."""
-        self._require_layout()
+        _, dense = self._require_registered()
         if self._is_pending:
             self.wait()
         if self._tables is not None:
             self._tables.settle()  # what is staged for this step lies on every server before its seal
         self._sequence += 1
-        rows = tuple(scalars)
-        if self._is_direct:
-            link = self._links[0]
-            wanted = "" if not pull or self._is_led else "own" if link.shares else "sent"
-            send = self._control.hold if wanted == "sent" else self._control.send  # then `wait` sends it while it reads
-            send(Seal(self._sequence, weight, rows, absent, True, wanted), link.pushed)
-        else:
-            for link in self._links:
-                link.connection.send(Push(self._sequence), link.pushed)
-            for link in self._links:
-                self._receive_from(link.connection, Done)
-            self._control.send(Seal(self._sequence, weight, rows, absent))
+        dense.send(Seal(self._sequence, weight, tuple(scalars), absent), pull=pull)
         self._is_pending, self._wants_pull = True, pull
 
     def wait(self) -> int:
@@ -426,24 +290,18 @@ class Session:
         Raises NonFiniteError or DisagreementError where the push was refused: the clock is closed all the same, and the
         session goes on.
         """
-        self._require_layout()
+        _, dense = self._require_registered()
         if not self._is_pending:
             return self.clock
         self._is_pending = False
         try:
-            committed, _ = self._receive_from(
-                self._control, Committed, self._links[0].pulled if self._is_direct else None
-            )
-            if self._wants_pull and not self._is_direct:
-                self._pull_links()
+            committed = dense.answer(pull=self._wants_pull)
         except UsageError:
             raise
         except HeadwaterError:
             self.close()  # what is still to come on the connections would be taken for something else
             raise
-        self.clock, self.staleness, self.accepted = committed.clock, committed.staleness, committed.accepted
-        if self._is_led or (self._wants_pull and self._is_direct):
-            self._flip(committed.side)
+        self._peers.clock, self.staleness, self.accepted = committed.clock, committed.staleness, committed.accepted
         if committed.refused is not None:
             raise committed.refused.exception()
         return committed.commit
@@ -470,47 +328,18 @@ class Session:
 
     def pull_parameters(self) -> None:
         """Bring `self.parameters` up to date."""
-        self._require_layout()
+        _, dense = self._require_registered()
         if self._is_pending:
             self.wait()
-        if self._is_led:
-            self._flip(self.side)
-        self._pull_links()
-
-    def _pull_links(self) -> None:
-        if self._is_led:
-            return
-        for link in self._links:
-            link.connection.send(Pull(own=link.shares))
-        for link in self._links:
-            self._flip(self._receive_from(link.connection, Pulled, link.pulled)[0].side)
-
-    def _flip(self, side: int) -> None:
-        """Turn to the side that is now the state; what this process wrote there by mistake is undone."""
-        if not self._reads_in_place:
-            return
-        while side >= len(self._private):
-            self._map_more()
-        self._private[side].discard_private()
-        self.side = side
-
-    def _map_more(self) -> None:
-        """Map parameter buffers that the server has made for workers that came later."""
-        layout, (link,) = self._require_layout(), self._links
-        link.connection.send(Sides(len(self._private)))
-        _, passed = self._receive_from(link.connection, Attached)
-        if not passed:
-            raise ProtocolError(f"Expected a buffer beside {len(self._private)}, got none.")
-        for fd in passed:
-            self._private.append(stack_buffers([fd], [link.part.wire_bytes], private=True))
-            self.sides.append(layout.views(self._private[-1].array[: layout.wire_bytes]))
+        dense.pull()
 
     def _copy_in(self, gradients: Mapping[str, np.ndarray]) -> None:
+        views = self.gradients
         for name, array in gradients.items():
-            view = self._gradients.get(name)
+            view = views.get(name)
             if view is None:
                 raise LayoutError(
-                    f"Expected a gradient for a registered name, got {name!r}: registered are {_few(self._gradients)}."
+                    f"Expected a gradient for a registered name, got {name!r}: registered are {_few(views)}."
                 )
             if array.shape != view.shape or array.dtype != view.dtype:
                 raise LayoutError(
@@ -518,7 +347,7 @@ class Session:
                     f"push {self._sequence + 1}."
                 )
         for name, array in gradients.items():
-            self._gradients[name][...] = array
+            views[name][...] = array
 
     def _rows(self, scalars: Mapping[str, float] | Sequence[Mapping[str, float]] | None) -> list[tuple[float, ...]]:
         if scalars is None:
@@ -549,9 +378,9 @@ class Session:
     def report(self, **figures: float) -> None:
         """Show figures, such as loss=2.3, in the job's display and statistics. Costs no round trip."""
         self._require_open()
-        self._control.hold(Report({name: float(value) for name, value in figures.items()}))
+        self._peers.control.hold(Report({name: float(value) for name, value in figures.items()}))
         if not self._is_pending:
-            self._control.flush()
+            self._peers.control.flush()
 
     def stats(self) -> Stats:
         """Return the job at a glance: commits, bytes, and each worker's clock, staleness and figures."""
@@ -567,7 +396,7 @@ class Session:
         with self._held() as held:
             checkpoint = self._read(held)
         if held.tables:
-            _warn(f"{path} will not hold the rows of table {', '.join(held.tables)}: Table.export() saves them.")
+            warn(f"{path} will not hold the rows of table {', '.join(held.tables)}: Table.export() saves them.")
         checkpoint.write(Path(path))
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -590,7 +419,7 @@ class Session:
 
     def write_optimizer(self, planes: Mapping[str, Mapping[str, np.ndarray]], steps: Mapping[str, int]) -> None:
         """Replace what `read_optimizer` returns, then pull."""
-        layout = self._require_layout()
+        layout, _ = self._require_registered()
         with self._held():
             self._put_planes(planes)
             self._ask(Initialised(0, tuple(steps.get(spec.name, 0) for spec in layout.specs)), Registered)
@@ -606,19 +435,20 @@ class Session:
         planes: dict[str, dict[str, np.ndarray]] = {}
         for plane in ("master", *held.optimizer.slots):
             planes[plane] = layout.empty_master()
-            for i in range(len(self._addresses)):
-                part = layout.part(i, len(self._addresses))
+            count = len(self._peers.addresses)
+            for i in range(count):
+                part = layout.part(i, count)
                 raw = np.empty(part.master_bytes, np.uint8)
-                connection = self._control if i == 0 else self._data_connection(i)[0]
+                connection = self._peers.control if i == 0 else self._peers.open("data", i)[0]
                 connection.send(Pull(plane))
-                self._receive_from(connection, Pulled, memoryview(raw))
+                self._peers.receive(connection, Pulled, memoryview(raw))
                 part.scatter(raw, planes[plane])
         return Checkpoint(planes, held.steps, held.commit, dict(self._ask(StateGet(), State).items), held.optimizer)
 
     def _put_planes(self, planes: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        _, dense = self._require_registered()
         for plane, arrays in planes.items():
-            for link in self._links:
-                request(link.connection, Put(plane), payload=memoryview(link.part.gather(arrays)))
+            dense.put(plane, arrays)
 
     @contextmanager
     def _held(self) -> Iterator[Held]:
@@ -637,31 +467,14 @@ class Session:
         self._is_closed = True
         if self._pid != os.getpid():
             return
-        if self._heartbeat is not None:
-            self._heartbeat.stop()
-        try:
-            if self._tables is not None:
+        if self._tables is not None:
+            with suppress(HeadwaterError, OSError):
                 self._tables.settle()
-            if self._layout is not None and not self._is_pending:
-                self._control.set_timeout(2.0)
-                request(self._control, Leave())
-        except (HeadwaterError, OSError):
-            pass  # the server is gone, or sees the connection end
-        for connection in self._connections():
-            connection.close()
-        if self._server is not None:
-            self._server.close()
-            self._server = None  # its memory goes with it
+        self._peers.close(leave=self._layout is not None and not self._is_pending)
 
     def abandon(self) -> None:
         """Drop this process's copies of the connections without a word; for forked children."""
-        for connection in self._connections():
-            connection.abandon()
-
-    def _connections(self) -> list[Connection]:
-        tables = self._tables.links if self._tables is not None else ()
-        found = [self._control, self._beat, *(data for data, _ in self._data.values()), *(t.connection for t in tables)]
-        return [c for c in found if c is not None]
+        self._peers.abandon()
 
     def __enter__(self) -> Session:
         return self
@@ -678,49 +491,8 @@ class Session:
         self._require_open()
         if self._is_pending:
             self.wait()
-        self._control.send(message)
-        return self._receive(answer)
-
-    def _receive(self, answer: type[_M]) -> _M:
-        return self._receive_from(self._control, answer)[0]
-
-    def _receive_from(
-        self,
-        connection: Connection,
-        answer: type[_M],
-        view: memoryview | Callable[[AnyMessage], memoryview] | None = None,
-    ) -> tuple[_M, tuple[int, ...]]:
-        """Return the answer and the descriptors that came along; says for whom it waits, and stops at the time-out.
-
-        view: where the answer's payload goes, or a function of the answer that says so.
-        """
-        start = time.monotonic()
-
-        def sink(message: AnyMessage, size: int) -> memoryview:
-            target = view(message) if callable(view) else view
-            if target is None or size != target.nbytes:
-                raise ProtocolError(
-                    f"Expected {0 if target is None else target.nbytes} bytes with {type(message).__name__}, got {size}."
-                )
-            return target
-
-        while True:
-            message, fds = connection.receive(sink, with_fds=answer is Attached)
-            if isinstance(message, answer):
-                return message, fds
-            if isinstance(message, Failed):
-                raise message.exception()
-            if isinstance(message, Pulled):  # comes before the Committed that says whether it holds
-                continue
-            if not isinstance(message, Waiting):
-                raise ProtocolError(f"Expected {answer.__name__}, got {type(message).__name__}.")
-            names = ", ".join(message.names) or "the servers"
-            if time.monotonic() - start > self._timeout_s:
-                raise WaitTimeoutError(
-                    f"Expected {answer.__name__} within {self._timeout_s:g} s, got none: waiting for {names}, "
-                    f"at clock {self.clock}. Start what is missing, or raise timeout_s in connect()."
-                )
-            _warn(f"waiting for {names}, {message.seconds:.0f} s so far")
+        self._peers.control.send(message)
+        return self._peers.receive(self._peers.control, answer)[0]
 
     def _require_open(self) -> None:
         if self._pid != os.getpid():
@@ -731,11 +503,11 @@ class Session:
         if self._is_closed:
             raise ClosedError("Expected an open session, got one that is closed.")
 
-    def _require_layout(self) -> Layout:
+    def _require_registered(self) -> tuple[Layout, DenseLink]:
         self._require_open()
-        if self._layout is None:
+        if self._layout is None or self._dense is None:
             raise UsageError("Expected registered parameters, got none: call register(), or make an optimizer.")
-        return self._layout
+        return self._layout, self._dense
 
 
 def connect_session(
@@ -774,21 +546,8 @@ def connect_session(
     )
     target = Address.parse(text) if text else None
     if target is not None and target.kind == "tcp" and target.is_local and transport != "tcp":
-        target = _nearest(target, hello, timeout_s)
+        target = nearest(target, hello, timeout_s)
     return Session(target, hello=hello, transport=transport, timeout_s=timeout_s)
-
-
-def _nearest(address: Address, hello: Hello, timeout_s: float) -> Address:
-    """Return the Unix socket of a server on this machine, if it has one for us: one connection for control and data."""
-    connection = connect(address, min(timeout_s, _limits.CONNECT_S))
-    try:
-        connection.set_timeout(_limits.SILENCE_S)
-        message = request(connection, msgspec.structs.replace(hello, role="data")).message
-        if isinstance(message, Here) and message.address.host == host_name() and message.address.unix:
-            return Address.parse(message.address.unix)
-    finally:
-        connection.close()
-    return address
 
 
 def _environment_number(name: str, default: int) -> int:
@@ -798,12 +557,6 @@ def _environment_number(name: str, default: int) -> int:
     if not text.isdigit():
         raise SettingError(f"Expected {name} to be a whole number of 0 or more, got {text!r}.")
     return int(text)
-
-
-def _warn(text: str) -> None:
-    import logging  # here, so that start-up does not pay for it
-
-    logging.getLogger("headwater").warning(text)
 
 
 def _few(names: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from headwater import _limits
 from headwater._errors import ClosedError, HeadwaterError, LayoutError, PeerError, ProtocolError, WaitTimeoutError
 from headwater._memory import stack_buffers, zeroed
 from headwater._messages import AnyMessage, Attached, Room
+from headwater._peers import Peers
 from headwater._transport import Connection
 
 _M = TypeVar("_M")
@@ -28,16 +29,11 @@ class Session(Protocol):
 
     _is_pending: bool
     _sequence: int
+    _peers: Peers
 
     def wait(self) -> int: ...
     def _require_open(self) -> None: ...
     def _held(self) -> AbstractContextManager[Any]: ...
-    def _receive_from(
-        self,
-        connection: Connection,
-        answer: type[_M],
-        view: memoryview | Callable[[AnyMessage], memoryview] | None = None,
-    ) -> tuple[_M, tuple[int, ...]]: ...
 
 
 class _Owed(NamedTuple):
@@ -90,7 +86,7 @@ class Link:
             size = max(1 << (size - 1).bit_length(), _ROOM_BYTES)
             with self._exchange():
                 self.connection.send(Room(number, size, self.shares))
-                attached, fds = self._session._receive_from(self.connection, Attached)
+                attached, fds = self._session._peers.receive(self.connection, Attached)
             if len(fds) != self.shares or len(fds) != attached.fds:
                 raise ProtocolError(f"Expected {attached.fds} shared buffers, got {len(fds)}.")
             found = stack_buffers(list(fds), [size], private=False).array if fds else zeroed(size)
@@ -123,7 +119,7 @@ class Link:
             try:
                 with self._exchange():
                     owed = self._owed.popleft()
-                    self._session._receive_from(self.connection, owed.answer, owed.view)
+                    self._session._peers.receive(self.connection, owed.answer, owed.view)
             except HeadwaterError as error:
                 if self._is_broken:
                     raise
@@ -149,4 +145,4 @@ class Link:
         self.settle()
         with self._exchange():
             self.connection.send(message, payload)
-            return self._session._receive_from(self.connection, answer, place)[0], held[0]
+            return self._session._peers.receive(self.connection, answer, place)[0], held[0]

@@ -97,11 +97,12 @@ def show(session: hw.Session) -> None:
 
 def send_pushes(session: hw.Session, *, halves: bool) -> None:
     session.gradients["w"][:] = 1000.0  # would show if any of it counted
-    last = len(session._links) - 1
-    for i, link in enumerate(session._links):
+    assert session._dense is not None
+    last = len(session._dense._links) - 1
+    for i, link in enumerate(session._dense._links):
         sequence = session._sequence + 1
         message: AnyMessage = Push(sequence)
-        if session._is_direct and halves:
+        if session._dense._is_direct and halves:
             message = Seal(sequence, 1.0, tuple(session._scalars), b"", pushes=True, pull="sent")
         control, payload = encode(message), link.pushed or memoryview(b"")
         whole = pack_header(len(control), payload.nbytes) + control + bytes(payload)

@@ -1,0 +1,153 @@
+"""A worker's side of the arena: the push buffer, the parameters as it reads them, and the way to every server's part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from headwater import _kernels
+from headwater._consistency import Consistency
+from headwater._errors import ProtocolError
+from headwater._layout import Layout, Part
+from headwater._memory import stack_buffers, zeroed
+from headwater._messages import Attach, Attached, Committed, Done, Pull, Pulled, Push, Put, Seal, Sides
+from headwater._peers import Peers
+from headwater._transport import Connection, request
+
+
+class _Link:
+    """The way to one server's part."""
+
+    def __init__(self, connection: Connection, part: Part, *, shares: bool) -> None:
+        self.connection, self.part, self.shares = connection, part, shares
+        self.byte = slice(part.start_byte, part.start_byte + part.wire_bytes)
+        self.pushed: memoryview | None = None  # payload of a push, where it travels
+        self.pulled: memoryview | None = None  # where the payload of a pull goes
+
+
+class DenseLink:
+    """Connects to every server that owns a part of the layout, and maps or makes the buffers. Used by the session's thread."""
+
+    def __init__(self, peers: Peers, layout: Layout, consistency: Consistency) -> None:
+        self._peers, self._layout = peers, layout
+        self._links: list[_Link] = []
+        self._shared: list[_kernels.Arena] = []  # sets of parameters that the servers share
+        attached = self._attach()
+        self._sizes = [link.part.wire_bytes for link in self._links]
+        if attached:
+            gradients, *sides = attached
+            arena = stack_buffers(list(gradients), self._sizes, private=False).array[: layout.wire_bytes]
+            # The servers' own memory is read privately, so that a stray write harms nobody.
+            self._is_private = len(sides) > 1
+            self.sides: list[dict[str, np.ndarray]] = []  #: sets of parameter views, of which one is current
+            self._add_sides(sides)
+        else:
+            arena = zeroed(layout.wire_bytes)
+            parameters = zeroed(layout.wire_bytes)
+            self._is_private = False
+            self.sides = [layout.views(parameters)]
+            for link in self._links:
+                link.pushed, link.pulled = memoryview(arena[link.byte]), memoryview(parameters[link.byte])
+        self.gradients = layout.views(arena)  #: views of the push buffer
+        self.side = 0  #: which side is current
+        # Push, seal and pull go to the same server on one connection: one message each way does.
+        self._is_direct = len(self._links) == 1 and self._links[0].connection is peers.control
+        self.reads_in_place = self._is_private
+        self._is_led = (
+            self.reads_in_place and consistency.kind == "bsp"
+        )  # each commit tells all workers which side to read
+
+    def _attach(self) -> list[tuple[int, ...]]:
+        """Make every server ready; returns descriptors, by buffer and server: the push buffer, then the parameters. None over TCP."""
+        count = len(self._peers.addresses)
+        fds: list[tuple[int, ...]] = []
+        for i in range(count):
+            part = self._layout.part(i, count)
+            if part.wire_bytes == 0:
+                continue
+            connection, shares = self._peers.open("data", i)
+            connection.send(Attach(shares))
+            attached, passed = self._peers.receive(connection, Attached)
+            if shares != bool(passed) or len(passed) != attached.fds:
+                raise ProtocolError(f"Expected {attached.fds} shared buffers, got {len(passed)}.")
+            self._links.append(_Link(connection, part, shares=shares))
+            fds.append(passed)
+        return list(zip(*fds, strict=True))
+
+    def _add_sides(self, sides: list[tuple[int, ...]]) -> None:
+        for fds in sides:
+            arena = stack_buffers(list(fds), self._sizes, private=self._is_private)
+            self._shared.append(arena)
+            self.sides.append(self._layout.views(arena.array[: self._layout.wire_bytes]))
+
+    def begin(self, side: int) -> None:
+        """Read the parameters for the first time; side: which is the state, where every commit tells it."""
+        self.side = side if self._is_led else 0
+        self.pull()
+
+    def send(self, seal: Seal, *, pull: bool) -> None:
+        """Push what stands in the push buffer and seal it; `answer` is to be called next. pull: it also brings the new parameters."""
+        if self._is_direct:
+            (link,) = self._links
+            wanted = "" if not pull or self._is_led else "own" if link.shares else "sent"
+            send = (
+                link.connection.hold if wanted == "sent" else link.connection.send
+            )  # then `answer` sends it while it reads
+            send(Seal(seal.sequence, seal.weight, seal.scalars, seal.absent, pushes=True, pull=wanted), link.pushed)
+            return
+        for link in self._links:
+            link.connection.send(Push(seal.sequence), link.pushed)
+        for link in self._links:
+            self._peers.receive(link.connection, Done)
+        self._peers.control.send(seal)
+
+    def answer(self, *, pull: bool) -> Committed:
+        """Wait until what was sent counts and the session may go on. pull: as it was said to `send`."""
+        view = self._links[0].pulled if self._is_direct else None
+        committed = self._peers.receive(self._peers.control, Committed, view)[0]
+        if self._is_led or (pull and self._is_direct):
+            self.turn(committed.side)
+        elif pull:
+            self.pull()
+        return committed
+
+    def pull(self) -> None:
+        """Bring the parameters up to date."""
+        if self._is_led:
+            self.turn(self.side)
+            return
+        for link in self._links:
+            link.connection.send(Pull(own=link.shares))
+        for link in self._links:
+            self.turn(self._peers.receive(link.connection, Pulled, link.pulled)[0].side)
+
+    def turn(self, side: int) -> None:
+        """Turn to the side that is now the state; what this process wrote there by mistake is undone."""
+        if not self.reads_in_place:
+            return
+        while side >= len(self._shared):
+            self._map_more()
+        self._shared[side].discard_private()
+        self.side = side
+
+    def _map_more(self) -> None:
+        """Map parameter buffers that the servers have made since."""
+        for link in self._links:
+            link.connection.send(Sides(len(self._shared)))
+        passed = [self._peers.receive(link.connection, Attached)[1] for link in self._links]
+        if not passed[0]:
+            raise ProtocolError(f"Expected a buffer beside {len(self._shared)}, got none.")
+        self._add_sides(list(zip(*passed, strict=True)))
+
+    def put(self, plane: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Replace a plane of the servers' state by whole arrays: "parameters" as they travel, others in the master dtype."""
+        if plane != "parameters":
+            for link in self._links:
+                request(link.connection, Put(plane), payload=memoryview(link.part.gather(arrays)))
+            return
+        arena = np.zeros(self._layout.wire_bytes, np.uint8)
+        for name, view in self._layout.views(arena).items():
+            view[...] = arrays[name]
+        for link in self._links:
+            request(link.connection, Put(plane), payload=memoryview(arena[link.byte]))

@@ -1,0 +1,196 @@
+"""How a session reaches its job: the connection to the coordinator, the heartbeat, and those to every server for tensors and for tables."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+
+from headwater import _kernels, _limits
+from headwater._errors import HeadwaterError, ProtocolError, SettingError, WaitTimeoutError
+from headwater._messages import (
+    AnyMessage,
+    Attached,
+    Beat,
+    Failed,
+    Hello,
+    Here,
+    Leave,
+    Pulled,
+    ServerAddress,
+    Waiting,
+    Welcome,
+    encode,
+)
+from headwater._transport import Address, Connection, connect, host_name, request
+from headwater._wire import pack_header
+
+if TYPE_CHECKING:
+    from headwater._server import Server
+
+_M = TypeVar("_M")
+
+
+class Peers:
+    """One session's connections. address: the job's first server; None: one is embedded in this process."""
+
+    def __init__(self, address: Address | None, hello: Hello, *, transport: str, timeout_s: float) -> None:
+        self.hello, self.timeout_s = hello, timeout_s
+        self._address, self._transport = address, transport
+        self._pid = os.getpid()
+        self.server: Server | None = None  #: the embedded one
+        self._beat: Connection | None = None
+        self._heartbeat: _kernels.Heartbeat | None = None
+        self._opened: dict[tuple[str, int], tuple[Connection, bool]] = {}  # by role and server
+        self.clock = 0  #: the session's, for what people are told
+        self.addresses: tuple[ServerAddress, ...] = ()  #: of the servers, in their order
+        if address is None:
+            from headwater._server import Server  # only who serves pays for it at start
+
+            self.server = Server(token=hello.token, consistency=hello.consistency, workers=1)
+        self.control = self._open_control()
+
+    def _open_control(self) -> Connection:
+        if self.server is not None:
+            return self.server.connect_memory()
+        assert self._address is not None
+        return connect(self._address, min(self.timeout_s, _limits.CONNECT_S))
+
+    def greet(self) -> Welcome:
+        """Say hello to the coordinator, and begin to beat."""
+        self.control.set_timeout(_limits.SILENCE_S)
+        self.control.send(self.hello)
+        welcome = self.receive(self.control, Welcome)[0]
+        self.addresses = welcome.servers
+        if self._address is not None and self.hello.role == "worker":
+            self._start_beat(self._address)
+        return welcome
+
+    def _start_beat(self, address: Address) -> None:
+        beat = connect(address)
+        request(beat, Hello(self.hello.token, "beat", self.hello.identity))
+        control = encode(Beat())
+        self._beat = beat
+        self._heartbeat = _kernels.Heartbeat(
+            beat.fileno(), pack_header(len(control), 0) + control, _limits.BEAT_INTERVAL_S
+        )
+
+    def open(self, role: str, i: int) -> tuple[Connection, bool]:
+        """Return the connection to server i for "data" or "table", and whether it shares memory; all servers the same way."""
+        if (role, i) not in self._opened:
+            self._opened[role, i] = self._open(role, i)
+        return self._opened[role, i]
+
+    def _open(self, role: str, i: int) -> tuple[Connection, bool]:
+        """Connect to server i; role "data" takes the control connection where that does."""
+        local = all(a.host == host_name() and a.unix for a in self.addresses)
+        shares = self.control.can_share if self.server is not None else local and self._transport != "tcp"
+        if self._transport == "shm" and not shares:
+            raise SettingError("Expected servers on this machine and of this user for transport='shm': leave it out.")
+        if i == 0 and self.control.can_share == shares and role == "data":
+            return self.control, shares
+        if self.server is not None:
+            return self._greeted(self.server.connect_memory(), role), shares
+        address = self.addresses[i].unix if shares else self.addresses[i].tcp
+        if not address:
+            raise SettingError(
+                "Expected a server that listens on TCP for transport='tcp', got one on a Unix socket only."
+            )
+        target = Address.parse(address)
+        if i == 0 and self._address is not None and target.kind == "tcp" == self._address.kind:
+            target = self._address
+        return self._greeted(connect(target), role), shares
+
+    def _greeted(self, connection: Connection, role: str) -> Connection:
+        connection.set_timeout(_limits.SILENCE_S)
+        request(connection, Hello(self.hello.token, role, self.hello.identity))
+        return connection
+
+    def receive(
+        self,
+        connection: Connection,
+        answer: type[_M],
+        view: memoryview | Callable[[AnyMessage], memoryview] | None = None,
+    ) -> tuple[_M, tuple[int, ...]]:
+        """Return the answer and the descriptors that came along; says for whom it waits, and stops at the time-out.
+
+        view: where the answer's payload goes, or a function of the answer that says so.
+        """
+        start = time.monotonic()
+
+        def sink(message: AnyMessage, size: int) -> memoryview:
+            target = view(message) if callable(view) else view
+            if target is None or size != target.nbytes:
+                raise ProtocolError(
+                    f"Expected {0 if target is None else target.nbytes} bytes with {type(message).__name__}, got {size}."
+                )
+            return target
+
+        while True:
+            message, fds = connection.receive(sink, with_fds=answer is Attached)
+            if isinstance(message, answer):
+                return message, fds
+            if isinstance(message, Failed):
+                raise message.exception()
+            if isinstance(message, Pulled):  # comes before the Committed that says whether it holds
+                continue
+            if not isinstance(message, Waiting):
+                raise ProtocolError(f"Expected {answer.__name__}, got {type(message).__name__}.")
+            names = ", ".join(message.names) or "the servers"
+            if time.monotonic() - start > self.timeout_s:
+                raise WaitTimeoutError(
+                    f"Expected {answer.__name__} within {self.timeout_s:g} s, got none: waiting for {names}, "
+                    f"at clock {self.clock}. Start what is missing, or raise timeout_s in connect()."
+                )
+            warn(f"waiting for {names}, {message.seconds:.0f} s so far")
+
+    def close(self, *, leave: bool) -> None:
+        """End every connection, and the embedded server. leave: say good-bye first."""
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+        try:
+            if leave:
+                self.control.set_timeout(2.0)
+                request(self.control, Leave())
+        except (HeadwaterError, OSError):
+            pass  # the server is gone, or sees the connection end
+        for connection in self._connections():
+            connection.close()
+        if self.server is not None:
+            self.server.close()
+            self.server = None  # its memory goes with it
+
+    def abandon(self) -> None:
+        """Drop this process's copies of the connections without a word; for forked children."""
+        for connection in self._connections():
+            connection.abandon()
+
+    def _connections(self) -> Iterator[Connection]:
+        yield self.control
+        if self._beat is not None:
+            yield self._beat
+        for connection, _ in self._opened.values():
+            yield connection
+
+
+def nearest(address: Address, hello: Hello, timeout_s: float) -> Address:
+    """Return the Unix socket of a server on this machine, if it has one for us: one connection for control and data."""
+    connection = connect(address, min(timeout_s, _limits.CONNECT_S))
+    try:
+        connection.set_timeout(_limits.SILENCE_S)
+        message = request(connection, msgspec.structs.replace(hello, role="data")).message
+        if isinstance(message, Here) and message.address.host == host_name() and message.address.unix:
+            return Address.parse(message.address.unix)
+    finally:
+        connection.close()
+    return address
+
+
+def warn(text: str) -> None:
+    """Say something to people."""
+    import logging  # here, so that start-up does not pay for it
+
+    logging.getLogger("headwater").warning(text)
