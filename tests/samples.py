@@ -1,9 +1,11 @@
-"""One message of every kind, and the bytes it has had since protocol version 1."""
+"""One message of every kind, and the bytes it has had since protocol version 2."""
 
 from __future__ import annotations
 
 from headwater import asp, bsp, optim, ssp
+from headwater._book import Change, Counted
 from headwater._layout import TensorSpec
+from headwater._leases import DataSpec, Piece
 from headwater._messages import (
     AnyMessage,
     Assign,
@@ -21,12 +23,15 @@ from headwater._messages import (
     Enroll,
     Failed,
     Flip,
+    Flipped,
     Gather,
     Held,
     Hello,
     Here,
     Hold,
     Initialised,
+    Leased,
+    LeaseTake,
     Leave,
     Normed,
     Norms,
@@ -34,6 +39,8 @@ from headwater._messages import (
     Page,
     PageGet,
     PagePut,
+    Persist,
+    Pin,
     Prepare,
     Prepared,
     Pull,
@@ -43,14 +50,23 @@ from headwater._messages import (
     Push,
     PushRows,
     Put,
+    Recall,
+    Recalled,
     Register,
     Registered,
     Report,
+    Restore,
+    Restored,
     Resume,
     Room,
     Seal,
     ServerAddress,
     Sides,
+    SnapshotBegin,
+    SnapshotGet,
+    SnapshotState,
+    SnapshotTake,
+    SnapshotTaken,
     State,
     StateGet,
     StateSet,
@@ -59,12 +75,14 @@ from headwater._messages import (
     TableStats,
     TableStatsGet,
     Track,
+    Unpin,
     Waiting,
     WarmRows,
     Welcome,
     WorkerStats,
 )
 from headwater._rows import RowPolicy, TableSpec, Uniform
+from headwater._snapshot import File
 
 ITEMS = TableSpec("items", 2, optim.RowwiseAdagrad(lr=0.5), Uniform(0.5), 3, RowPolicy(admit_after=2), asp())
 
@@ -72,15 +90,12 @@ ITEMS = TableSpec("items", 2, optim.RowwiseAdagrad(lr=0.5), Uniform(0.5), 3, Row
 GOLDEN: list[tuple[AnyMessage, str]] = [
     (
         Hello("secret", "worker", 1 << 62, 1, 2, ssp(3), "host:42"),
-        "98a548656c6c6fa6736563726574a6776f726b6572cf4000000000000000010292a373737003a7686f73743a3432",
+        "99a548656c6c6fa6736563726574a6776f726b6572cf4000000000000000010292a373737003a7686f73743a3432c2",
     ),
     (Here(ServerAddress("tcp://[::1]:1", "", "boot/0")), "92a44865726593ad7463703a2f2f5b3a3a315d3a31a0a6626f6f742f30"),
     (
         Welcome(1, 2, bsp(), (ServerAddress("tcp://127.0.0.1:7077", "unix:///s", "boot/0"),)),
-        (
-            "95a757656c636f6d65010292a3627370009193b47463703a2f2f3132372e302e302e313a37303737a9756e69783a2f2f"
-            "2f73a6626f6f742f30"
-        ),
+        "96a757656c636f6d65010292a3627370009193b47463703a2f2f3132372e302e302e313a37303737a9756e69783a2f2f2f73a6626f6f742f30c2",
     ),
     (Failed("LayoutError", "Expected é."), "93a64661696c6564ab4c61796f75744572726f72ac457870656374656420c3a92e"),
     (Done(), "91a4446f6e65"),
@@ -98,7 +113,7 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
             "7ba7616d7367726164c2"
         ),
     ),
-    (Registered(True, 7, 1), "94aa52656769737465726564c30701"),
+    (Registered(True, 7, 1), "97aa52656769737465726564c3070100ffc2"),
     (Initialised(7, (7, 6), {"epoch": b"\x03"}), "94ab496e697469616c697365640792070681a565706f6368c40103"),
     (
         Assign((TensorSpec("w", (70000,), "float64"),), optim.SGD(lr=0.5, momentum=0.25), 1, 2, asp()),
@@ -118,8 +133,8 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
     (Pulled(300, 2), "93a650756c6c6564cd012c02"),
     (Push(4), "92a45075736804"),
     (
-        Seal(4, 2.5, ((0.5, 0.0),), b"\x80", True, "own"),
-        "97a45365616c04cb40040000000000009192cb3fe0000000000000cb0000000000000000c40180c3a36f776e",
+        Seal(4, 2.5, ((0.5, 0.0),), b"\x80", True, "own", (("train", 9),)),
+        "98a45365616c04cb40040000000000009192cb3fe0000000000000cb0000000000000000c40180c3a36f776e9192a5747261696e09",
     ),
     (
         Committed(5, 5, 1, 2, 0, Failed("NonFiniteError", "NaN")),
@@ -139,12 +154,13 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
     ),
     (Normed(b"\0\0\0\0\0\0\xf0?"), "92a64e6f726d6564c408000000000000f03f"),
     (Flip(6, True), "93a4466c697006c3"),
-    (Enroll(ServerAddress("", "unix:///s", "boot/0")), "92a6456e726f6c6c93a0a9756e69783a2f2f2f73a6626f6f742f30"),
+    (Flipped(1), "92a7466c697070656401"),
+    (Enroll(ServerAddress("", "unix:///s", "boot/0")), "93a6456e726f6c6c93a0a9756e69783a2f2f2f73a6626f6f742f30ff"),
     (Leave(), "91a54c65617665"),
     (Hold(), "91a4486f6c64"),
     (
-        Held(6, (6,), (TensorSpec("w", (1,), "float16"),), optim.Mean(), ("items",)),
-        "96a448656c640691069194a1779101a7666c6f617431360081a474797065a44d65616e91a56974656d73",
+        Held(6, (6,), (TensorSpec("w", (1,), "float16"),), optim.Mean(), (ITEMS,)),
+        "96a448656c640691069194a1779101a7666c6f617431360081a474797065a44d65616e9197a56974656d730288a474797065ae526f777769736541646167726164a86d6178696d697a65c2a9636c69705f6e6f726dc0a26c72cb3fe0000000000000a86c725f6465636179cb0000000000000000ac7765696768745f6465636179cb0000000000000000b9696e697469616c5f616363756d756c61746f725f76616c7565cb0000000000000000a3657073cb3ddb7cdfd9d7bdbb82a474797065a7556e69666f726da56c696d6974cb3fe00000000000000388ab61646d69745f616674657202ac6578706972655f7374657073c0a86578706972655f73c0a56465636179cb3ff0000000000000ac6275646765745f6279746573c0a97768656e5f66756c6ca56576696374a56576696374a36c7275ac7370696c6c5f666f6c646572c092a361737000",
     ),
     (Resume(), "91a6526573756d65"),
     (StateGet(), "91a85374617465476574"),
@@ -158,6 +174,54 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
             "9aa5537461747306cb3ff80000000000000738380192a36273700001919900a7686f73743a3432c3060002060181a46c"
             "6f7373cb4004000000000000"
         ),
+    ),
+    (
+        Recall("snapshot-000000000006", 1),
+        "93a6526563616c6cb5736e617073686f742d30303030303030303030303601",
+    ),
+    (
+        Recalled(6),
+        "93a8526563616c6c656406c400",
+    ),
+    (
+        Restore("snapshot-000000000006", 6, 1, 2),
+        "95a7526573746f7265b5736e617073686f742d303030303030303030303036060102",
+    ),
+    (
+        Restored(b"\x01"),
+        "92a8526573746f726564c40101",
+    ),
+    (
+        Persist(Change(7, 9, {5: Counted(0, 4, 7, 7)}, ((0, 7),))),
+        "92a7506572736973749707098105970004070700c0c391920007c0c0c0",
+    ),
+    (
+        SnapshotBegin("/s/snapshot-000000000007"),
+        "92ad536e617073686f74426567696eb82f732f736e617073686f742d303030303030303030303037",
+    ),
+    (
+        Pin(),
+        "91a350696e",
+    ),
+    (
+        SnapshotGet(),
+        "91ab536e617073686f74476574",
+    ),
+    (
+        SnapshotState(True, True, (File("model-0.safetensors", 8, "00ff"),), b"\x01"),
+        "96ad536e617073686f745374617465c3c39183a46e616d65b36d6f64656c2d302e7361666574656e736f7273a5627974657308a478786833a430306666c40101a0",
+    ),
+    (
+        Unpin(6),
+        "92a5556e70696e06",
+    ),
+    (
+        SnapshotTake(),
+        "91ac536e617073686f7454616b65",
+    ),
+    (
+        SnapshotTaken("/s/snapshot-000000000007", 7),
+        "93ad536e617073686f7454616b656eb82f732f736e617073686f742d30303030303030303030303707",
     ),
     (
         Declare("items", 2, optim.SGD(lr=0.5)),
@@ -207,5 +271,13 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
     (
         TableStats(1, 0, 99, 0, 0, 0, 7, 1, 0, 0, 0, 0, 0, 0, 2, 1),
         "dc0011aa5461626c65537461747301006300000007010000000000000201",
+    ),
+    (
+        LeaseTake(DataSpec("train", 1000, 3, 8, 16, True, True, 7), 300, True),
+        "94a94c6561736554616b6598a5747261696ecd03e8030810c3c307cd012cc3",
+    ),
+    (
+        Leased(Piece(2, 8, 16), Registered(False, 7, 1)),
+        "93a64c65617365649302081097aa52656769737465726564c2070100ffc2",
     ),
 ]

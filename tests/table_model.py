@@ -256,7 +256,7 @@ class Table:
         if self.consumers.pop(consumer, None) is None:
             raise ValueError(f"no consumer {consumer!r}")
 
-    def changes(self, consumer: str, limit: int = 1 << 62) -> tuple[Ids, Floats, Ids, bool, bool]:
+    def changes(self, consumer: str, limit: int = 1 << 62) -> tuple[Ids, Floats, Floats, Ids, Ids, int, bool, bool]:
         if consumer not in self.consumers:
             raise ValueError(f"no consumer {consumer!r}")
         written, deleted, restart = self.consumers[consumer]
@@ -265,7 +265,10 @@ class Table:
             del written[i]
         deleted.clear()
         restart[0] = False
-        return np.array(some, np.int64), self._whole(some), np.array(gone, np.int64), was, bool(written)
+        counts = np.array([self.rows[i].count for i in some], np.float32)
+        seen = np.array([self.rows[i].seen for i in some], np.int64)
+        ids, deleted_ids = np.array(some, np.int64), np.array(gone, np.int64)
+        return ids, self._whole(some), counts, seen, deleted_ids, self.step, was, bool(written)
 
     def stats(self) -> dict[str, int]:
         return {"rows": len(self.rows), "step": self.step, **self.figures}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import core, harness, report, tables, traffic
+from bench import core, crew, durability, harness, report, tables, traffic
 from bench.peers.kernel import Rows, table_kernel
 
 
@@ -158,3 +159,37 @@ def test_the_plain_array_of_the_bench_makes_the_steps_of_a_table() -> None:
             table.push(ids, some)
             table.pull(ids, out)
         np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-7)
+
+
+def simulate(kind: str, deaths: list[tuple[float, int]], *, closes_s: float) -> float:
+    """Simulate three workers whose steps take a second, from their first commit on, away for half a second after a death."""
+    return durability.simulate(kind, 3, 1.0, deaths, 0.5, 0.5, closes_s, random.Random(0))
+
+
+@pytest.mark.parametrize("kind", ["bsp", "asp"])
+def test_without_deaths_the_bound_is_what_the_workers_do(kind: str) -> None:
+    assert simulate(kind, [], closes_s=30.5) == pytest.approx(3.0)
+
+
+def test_a_death_costs_the_push_that_was_being_made_and_a_joiner_begins_with_the_others() -> None:
+    assert simulate("bsp", [(1.2, 0)], closes_s=1.5) == 2.0  # commit 2, at 2 s
+    assert (
+        simulate("bsp", [(1.2, 0)], closes_s=2.5) == 2.5
+    )  # commits 2 and 3: the successor came at 1.7 s and began at 2 s
+    assert simulate("bsp", [(1.2, 0), (1.8, 0)], closes_s=2.5) == 2.0  # it dies before it has begun
+
+
+def test_when_all_are_dead_the_first_to_come_goes_on_alone() -> None:
+    assert simulate("bsp", [(1.2, 0), (1.3, 1), (1.4, 2)], closes_s=1.5) == pytest.approx(
+        1 / 1.7
+    )  # from 1.7 s to 2.7 s
+
+
+def test_a_crew_is_killed_and_comes_back_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADWATER_TOKEN", "a token for tests")
+    plan = crew.Plan("bsp", 3, 0.02, kill_every_s=0.1, away_s=0.1, warm_s=0.1, window_s=1.0, seed=3)
+    with harness.Fleet() as fleet:
+        seen = durability.run(fleet, plan)
+    assert len(seen.kills) > 3
+    assert 0.0 < seen.alive < 1.0
+    assert 0.0 < durability.rate(seen) < 150.0  # of three that never die

@@ -25,6 +25,7 @@ class Peer:
         self.pending: PushEntry | None = None  # sealed, its clock not closed
         self.is_refused = False
         self.is_live = True
+        self.is_paused = False
 
 
 class Jobs(RuleBasedStateMachine):
@@ -51,10 +52,10 @@ class Jobs(RuleBasedStateMachine):
         """Live workers that may run their next step."""
         return [identity for identity in self.live if self.policy.is_released(identity)]
 
-    @precondition(lambda self: len(self.live) < 5)
+    @precondition(lambda self: sum(peer.is_live or peer.is_paused for peer in self.peers.values()) < 5)
     @rule(pick=st.integers(0, 3))
     def join(self, pick: int) -> None:
-        taken = {peer.index for peer in self.live.values()}
+        taken = {peer.index for peer in self.peers.values() if peer.is_live or peer.is_paused}
         index = [i for i in range(9) if i not in taken][pick]
         identity = 1000 - len(self.peers)  # later ones are smaller: the order of identities decides nothing
         clocks = [peer.clock for peer in self.live.values()]
@@ -97,10 +98,33 @@ class Jobs(RuleBasedStateMachine):
         """Death, or the end of the data; a push that was sealed still counts. A second time does nothing."""
         identity = data.draw(st.sampled_from(list(self.peers)))
         was_live = self.peers[identity].is_live
-        self.peers[identity].is_live = False
+        self.peers[identity].is_live = self.peers[identity].is_paused = False
         commits = self.policy.leave(identity)
         assert was_live or not commits
         self.record(commits)
+
+    @precondition(lambda self: any(peer.pending is None for peer in self.live.values()))
+    @rule(data=st.data())
+    def pause(self, data: st.DataObject) -> None:
+        identity = data.draw(st.sampled_from([i for i, peer in self.live.items() if peer.pending is None]))
+        self.peers[identity].is_live, self.peers[identity].is_paused = False, True
+        self.record(self.policy.pause(identity))
+
+    @precondition(lambda self: any(peer.is_paused for peer in self.peers.values()))
+    @rule(data=st.data())
+    def go_on(self, data: st.DataObject) -> None:
+        identity = data.draw(st.sampled_from([i for i, peer in self.peers.items() if peer.is_paused]))
+        peer, clocks = self.peers[identity], [p.clock for p in self.live.values()]
+        clock = self.policy.join(identity, peer.index)
+        assert clock == (self.policy.commit if self.is_bsp else max([peer.clock, *([min(clocks)] if clocks else [])]))
+        peer.is_live, peer.is_paused, peer.clock = True, False, clock
+
+    @precondition(lambda self: any(peer.pending is not None or not peer.is_live for peer in self.peers.values()))
+    @rule(data=st.data())
+    def pause_again(self, data: st.DataObject) -> None:
+        names = [i for i, peer in self.peers.items() if peer.pending is not None or not peer.is_live]
+        identity = data.draw(st.sampled_from(names))
+        self.refused(lambda: self.policy.pause(identity))
 
     @precondition(lambda self: self.peers)
     @rule(data=st.data(), back=st.integers(0, 2))
@@ -261,6 +285,29 @@ def test_sealed_push_of_a_worker_that_dies_counts() -> None:
     [commit] = push(policy, 11, 0)
     assert commit.closes == ((10, 0), (11, 0))
     assert list(policy.members) == [11]
+
+
+def test_who_pauses_is_not_waited_for_and_goes_on_where_the_others_are() -> None:
+    policy = job(bsp(), 2)
+    push(policy, 10, 0)
+    [commit] = policy.pause(11)
+    assert commit.closes == ((10, 0),)
+    assert len(push(policy, 10, 1)) == 1
+    assert policy.join(11, 1) == 2
+    assert push(policy, 10, 2) == []
+    [commit] = push(policy, 11, 0)
+    assert commit.closes == ((10, 2), (11, 0))
+
+
+def test_ssp_does_not_wait_for_who_pauses_nor_after_it_for_old_clocks() -> None:
+    policy = job(ssp(0), 2)
+    policy.pause(11)
+    for sequence in range(3):
+        push(policy, 10, sequence)
+        assert policy.is_released(10)
+    assert policy.join(11, 1) == 3
+    with pytest.raises(ProtocolError, match="got worker 1 again"):
+        policy.join(11, 1)
 
 
 def test_joiner_is_waited_for_from_the_next_clock_on() -> None:

@@ -20,6 +20,7 @@ import headwater as hw
 from headwater import _limits
 from headwater._errors import PeerLostError, ProtocolError
 from headwater._layout import TensorSpec
+from headwater._leases import DataSpec
 from headwater._messages import (
     AnyMessage,
     Attach,
@@ -29,6 +30,7 @@ from headwater._messages import (
     Hello,
     Hold,
     Initialised,
+    LeaseTake,
     Leave,
     PageGet,
     PagePut,
@@ -239,6 +241,10 @@ REQUESTS: list[tuple[AnyMessage, bytes]] = [
     (Hold(), b""),
     (Resume(), b""),
     (Leave(), b""),
+    (LeaseTake(DataSpec("data", 9, 1, 1), 0, False), b""),
+    (LeaseTake(DataSpec("data", 9, 1, 1), 5, True), b""),
+    (LeaseTake(DataSpec("other", 1 << 62, 1 << 62, 1 << 62, 1 << 62), 0, True), b""),
+    (Seal(0, 0.0, SCALARS, used=(("data", 1),)), b""),
     (Declare("items", 2), b""),
     (
         Declare("others", 3, ROW, hw.Normal(0.5), -1, RowPolicy(admit_after=2, expire_steps=3, budget_bytes=1 << 20)),

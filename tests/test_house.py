@@ -22,10 +22,11 @@ SOURCE = Path(__file__).parent.parent / "src" / "headwater"
 #: A module imports only from those above its own.
 ORDER = [
     "_kernels", "_errors", "_limits",
-    "optim", "_layout", "_consistency", "_rows", "_messages", "_wire",
+    "optim", "durability", "_layout", "_consistency", "_leases", "_rows", "_book",
+    "_files", "_log", "_snapshot", "_messages", "_wire",
     "_plan", "_memory", "_transport", "_table", "_dense",
-    "_coordinator", "_server",
-    "_checkpoint", "_data", "_rows_file", "_peers", "_dense_link", "_table_link", "_lookup", "_session",
+    "_snapshots", "_keeper", "_coordinator", "_server",
+    "_data", "_rows_file", "_peers", "_dense_link", "_table_link", "_lookup", "_session",
     "__init__",
     "_torch_embedding", "torch",
     "_launch", "_display", "_demo", "_cli", "__main__",

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -522,6 +523,118 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
+# ---- aggregate
+
+
+@pytest.mark.parametrize("wire", DTYPES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=repr)
+def test_a_commit_replayed_from_its_aggregated_gradient_gives_the_same_bits(
+    optimizer: optim.Optimizer, wire: str
+) -> None:
+    narrow = int(wire != master_of(wire))
+
+    @few
+    @given(
+        st.sampled_from([1, 700, BLOCK, SIZE]),
+        st.integers(0, 5),
+        st.integers(0, 2**32),
+        st.sampled_from(LEVELS),
+        st.sampled_from([1, 2, 4]),
+    )
+    def replay(size: int, count: int, seed: int, level: str, threads: int) -> None:
+        rng = np.random.default_rng(seed)
+        cuts = tuple(sorted({int(cut) for cut in rng.integers(0, size, rng.integers(0, 4))} - {0}))
+        runs, scalars, contributions, coefficients = make_commit(optimizer, wire, size, count, seed, cuts)
+        runs[rng.random(len(runs)) < 0.2, 2] = -1
+        coefficients[rng.random(coefficients.shape) < 0.3] = 0.0
+        coefficients *= rng.choice([-1.0, 1.0, 1e-50], coefficients.shape)
+        for (
+            contribution
+        ) in contributions:  # zeros of both signs, and numbers so small and so large that sums lose or pass them
+            some = rng.random(size) < 0.2
+            extremes = np.array([0.0, -0.0, 1e-40, 6e-8, 60_000.0, 3.3e38 if wire != "float16" else 1.0])
+            contribution[some] = to_wire(rng.choice(extremes, size), wire)[some]
+        source = make_planes(optimizer, wire, size, seed)
+        with np.errstate(all="ignore"):
+            expected = run_apply(
+                optimizer, wire, source, [(runs, scalars, contributions, coefficients)], threads, level
+            )
+            total = np.full(size, 7, master_of(wire))
+            _kernels.aggregate(wire, runs, contributions, coefficients, total, threads=threads, level=level)
+            replayed = [np.full_like(plane, 7) for plane in source[narrow:]]
+            found = _kernels.apply(
+                optimizer.kind,
+                optimizer.flags,
+                master_of(wire),
+                source[narrow:],
+                replayed,
+                [(runs, scalars, [total], np.ones((len(runs), 1)))],
+                threads=threads,
+                level=LEVELS[seed % len(LEVELS)],
+                check=False,
+            )
+        assert found is None
+        assert_same_bits(replayed, expected[narrow:])
+        touched = np.zeros(size, bool)
+        for (start, stop, row), shares in zip(runs, coefficients, strict=True):
+            touched[start:stop] = row >= 0
+            if row < 0 or not shares.any():
+                assert total[start:stop].tobytes() == bytes(total[start:stop].nbytes)
+        if narrow:
+            rounded = np.empty_like(expected[0])
+            _kernels.convert(rounded, wire, replayed[0], "float32")
+            assert_same_bits([rounded[touched]], [expected[0][touched]])
+
+    replay()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("wire", DTYPES)
+def test_an_aggregated_gradient_written_around_the_cache_has_the_same_bits(wire: str, level: str) -> None:
+    size = 2_200_000 // (1 + (wire == "float64"))
+    for count in (1, 2, 3):
+        runs, _, contributions, coefficients = make_commit(
+            optim.Mean(), wire, size, count, cuts=(37, 64, 500_000, 500_500)
+        )
+        runs[1, 2] = -1
+        coefficients[3] = 0.0
+        source = make_planes(optim.Mean(), wire, size)
+        expected = run_apply(
+            optim.Mean(), wire, source, [(runs, np.zeros((len(runs), 0)), contributions, coefficients)], threads=2
+        )[-1]
+        expected[37:64] = 0.0
+        for shift in (0, 1):
+            out = mapped(np.dtype(master_of(wire)), size + shift)[shift:]
+            _kernels.aggregate(wire, runs, contributions, coefficients, out, threads=2, level=level)
+            assert_same_bits([out], [expected])
+
+
+def test_a_replay_takes_what_has_overflowed() -> None:
+    largest = np.full(5000, np.finfo(np.float32).max, np.float32)
+    runs, ones, source = np.array([[0, 5000, 0]]), np.ones((1, 2)), [np.zeros(5000, np.float32)]
+    whole = run_apply(optim.Mean(), "float32", source, [(runs, np.zeros((1, 0)), [largest, largest], ones)])
+    total, target = np.zeros_like(largest), np.zeros_like(largest)
+    _kernels.aggregate("float32", runs, [largest, largest], ones, total, threads=1, level="auto")
+    assert_same_bits(whole, [total])
+    assert np.isinf(total).all()
+    commits = [(runs, np.zeros((1, 0)), [total], ones[:, :1].copy())]
+    assert _kernels.apply("mean", 0, "float32", source, [target], commits, threads=1, level="auto") == (0, 0, 0)
+    assert not _kernels.apply("mean", 0, "float32", source, [target], commits, threads=1, level="auto", check=False)
+    assert_same_bits(whole, [target])
+
+
+def test_an_aggregated_gradient_is_refused_where_it_does_not_fit() -> None:
+    runs, _, contributions, coefficients = make_commit(optim.Mean(), "bfloat16", 100)
+    for out in (np.zeros(99, np.float32), np.zeros(100, np.float64), contributions[0].repeat(2)[::2], bytes(400)):
+        with pytest.raises(ValueError, match="Expected"):
+            _kernels.aggregate("bfloat16", runs, contributions, coefficients, out, threads=1, level="auto")
+    shared = np.ones(100, np.float32)
+    with pytest.raises(ValueError, match="overlaps"):
+        _kernels.aggregate("float32", runs, [shared, shared.copy()], coefficients, shared, threads=1, level="auto")
+    with pytest.raises(ValueError, match="threads"):
+        _kernels.aggregate("float32", runs, [shared] * 2, coefficients, shared.copy(), threads=0, level="auto")
+
+
 # ---- Arena
 
 
@@ -565,6 +678,84 @@ def test_private_writes_stay_here_and_can_be_discarded() -> None:
     assert arena.discard_private()
     assert array[0] == 1
     for fd in fds:
+        os.close(fd)
+
+
+def test_an_arena_shows_other_files_at_the_same_addresses() -> None:
+    page = mmap.PAGESIZE
+    for private in (True, False):
+        old, new = [make_file(2 * page, 1), make_file(page, 2)], [make_file(page, 3), make_file(2 * page, 4)]
+        arena = _kernels.Arena(old, [2 * page, page], private=private)
+        array = arena.array
+        view = array[page - 1 : 2 * page + 1]
+        array[5] = array[2 * page + 5] = 99
+        arena.remap(new, [page, 2 * page])
+        for fd in new[:1] + old:
+            os.close(fd)
+        assert (array[:page] == 3).all()
+        assert (array[page:] == 4).all()
+        assert view.tolist() == [3] + [4] * (page + 1)
+        assert arena.array.ctypes.data == array.ctypes.data
+        assert not arena.discard_private(), "what was written before is gone, and nothing was written since"
+        view[1] = 7
+        assert os.pread(new[1], 1, 0) == (b"\x04" if private else b"\x07")
+        assert arena.discard_private() == private
+        assert view[1] == (4 if private else 7)
+        os.close(new[1])
+
+
+def test_an_arena_that_cannot_be_mapped_anew_is_what_it_was() -> None:
+    page = mmap.PAGESIZE
+    old, new = [make_file(page, 1), make_file(page, 2)], [make_file(page, 3), make_file(page, 4)]
+    shared = _kernels.Arena(old, [page, page], private=False)
+    private = _kernels.Arena(old, [page, page], private=True)
+    private.array[0] = 9
+    read_only = os.open(f"/proc/self/fd/{new[1]}", os.O_RDONLY)
+    with pytest.raises(OSError, match="mmap"):
+        shared.remap([new[0], read_only], [page, page])
+    with pytest.raises(OSError, match="fstat"):
+        private.remap([new[0], -1], [page, page])
+    for fds, sizes in (
+        (new[:1], [page]),
+        (new[:1], [2 * page]),
+        (new, [page, 2 * page]),
+        ([], [2 * page]),
+        (new, [page]),
+    ):
+        for arena in (shared, private):
+            with pytest.raises(ValueError, match="Expected"):
+                arena.remap(fds, sizes)
+    with pytest.raises(ValueError, match="Expected 0 files"):
+        _kernels.Arena([], [page], private=True).remap(new[:1], [page])
+    assert shared.array[::page].tolist() == [1, 2]
+    assert private.array[::page].tolist() == [9, 2], "what was written is still there"
+    assert private.discard_private()
+    assert private.array[0] == 1
+    private.remap([read_only, new[0]], [page, page])  # a private mapping needs no right to write
+    assert private.array[::page].tolist() == [4, 3]
+    for fd in (*old, *new, read_only):
+        os.close(fd)
+
+
+def test_a_private_arena_can_be_written_while_it_is_mapped_anew() -> None:
+    page = mmap.PAGESIZE
+    files = [[make_file(4 * page, fill), make_file(4 * page, fill)] for fill in (1, 2)]
+    arena = _kernels.Arena(files[0], [4 * page] * 2, private=True)
+    array, is_over = arena.array, threading.Event()
+
+    def write() -> None:
+        while not is_over.is_set():
+            array[::page] = 9
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    for i in range(300):
+        arena.remap(files[i % 2], [4 * page] * 2)
+    is_over.set()
+    thread.join()
+    arena.discard_private()
+    assert (array == 2).all()
+    for fd in files[0] + files[1]:
         os.close(fd)
 
 

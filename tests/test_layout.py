@@ -137,12 +137,16 @@ def test_an_element_is_found_in_its_tensor(layout: Layout) -> None:
         assert tensor_at(lane, at + layout.specs[tensor].size - 1) == tensor
 
 
+def new_plane(layout: Layout) -> list[Array]:
+    return layout.part(0, 1).new_plane()
+
+
 def filled(layout: Layout) -> dict[str, Array]:
     """Return master arrays in which no two elements of a dtype are equal."""
-    return {
-        name: (np.arange(array.size) + 100_000 * i).reshape(array.shape).astype(array.dtype)
-        for i, (name, array) in enumerate(layout.empty_master().items())
-    }
+    found = layout.master_views(new_plane(layout))
+    for i, array in enumerate(found.values()):
+        array[...] = (np.arange(array.size) + 100_000 * i).reshape(array.shape)
+    return found
 
 
 def assert_same(found: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
@@ -153,22 +157,12 @@ def assert_same(found: Mapping[str, Array], expected: Mapping[str, Array]) -> No
 
 @given(layouts(), counts)
 def test_planes_come_back_from_their_parts(layout: Layout, count: int) -> None:
-    arrays, found = filled(layout), layout.empty_master()
+    arrays, found = filled(layout), new_plane(layout)
     for part in [layout.part(i, count) for i in range(count)]:
         raw = part.gather(arrays)
         assert raw.nbytes == part.master_bytes
-        part.scatter(raw, found)
-    assert_same(found, arrays)
-
-
-@given(layouts(), counts, counts)
-def test_a_plane_moves_to_another_number_of_servers(layout: Layout, before: int, after: int) -> None:
-    arrays, moved, found = filled(layout), layout.empty_master(), layout.empty_master()
-    for i in range(before):
-        layout.part(i, before).scatter(layout.part(i, before).gather(arrays), moved)
-    for i in range(after):
-        layout.part(i, after).scatter(layout.part(i, after).gather(moved), found)
-    assert_same(found, arrays)
+        part.spread(raw, found)
+    assert_same(layout.master_views(found), arrays)
 
 
 def test_more_servers_than_blocks_leave_some_with_nothing() -> None:
@@ -179,7 +173,7 @@ def test_more_servers_than_blocks_leave_some_with_nothing() -> None:
 def test_bfloat16_is_seen_as_its_bits() -> None:
     layout = Layout([TensorSpec("a", (2,), "bfloat16")])
     assert layout.views(np.zeros(layout.wire_bytes, np.uint8))["a"].dtype == np.uint16
-    assert layout.empty_master()["a"].dtype == np.float32
+    assert layout.master_views(new_plane(layout))["a"].dtype == np.float32
 
 
 def test_groups_count_from_zero_to_the_highest() -> None:

@@ -43,8 +43,8 @@ def test_every_message_is_frozen() -> None:
 
 
 def test_header_bytes_stay_as_they_are() -> None:
-    assert pack_header(0x0A0B0C, 0x0102030405).hex() == "48570100" + "0c0b0a00" + "0504030201000000"
-    assert (HEADER_BYTES, VERSION) == (16, 1)
+    assert pack_header(0x0A0B0C, 0x0102030405).hex() == "48570200" + "0c0b0a00" + "0504030201000000"
+    assert (HEADER_BYTES, VERSION) == (16, 2)
 
 
 @pytest.mark.parametrize("header", [(1, 0), (_limits.CONTROL_BYTES, _limits.PAYLOAD_BYTES)])
@@ -56,8 +56,8 @@ def test_header_comes_back_from_its_bytes(header: tuple[int, int]) -> None:
     ("data", "message"),
     [
         (b"GET / HTTP/1.1\r\n", "got bytes beginning b'GE': is this another program's port?"),
-        (b"HW\x02\0" + pack_header(1, 0)[4:], "version 1, got 2: install the same headwater"),
-        (b"HW\x01\x01" + pack_header(1, 0)[4:], "Expected a frame of at most"),
+        (b"HW\x01\0" + pack_header(1, 0)[4:], "version 2, got 1: install the same headwater"),
+        (b"HW\x02\x01" + pack_header(1, 0)[4:], "Expected a frame of at most"),
         (pack_header(0, 0), "promising 0 and 0"),
         (pack_header(_limits.CONTROL_BYTES + 1, 0), "promising 16777217 and 0"),
         (pack_header(1, 1 << 60), "promising 1 and 1152921504606846976"),

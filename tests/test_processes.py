@@ -23,6 +23,7 @@ from jobs import TOKEN, start_job
 
 import headwater as hw
 from headwater import _limits, errors
+from headwater._launch import LocalJob
 
 WORKERS = Path(__file__).parent / "workers"
 SIZE = 40_000  # as in steps.py
@@ -103,10 +104,18 @@ class Machine:
         self.outputs.append(Output(process))
         return self.outputs[-1]
 
-    def run(self, *arguments: str, workers: int = 2, servers: int = 1, transport: str = "auto") -> Output:
+    def run(
+        self,
+        *arguments: str,
+        workers: int = 2,
+        servers: int = 1,
+        transport: str = "auto",
+        restarts: int = 0,
+        durability: str = "snapshot",
+    ) -> Output:
         """Start `headwater run`."""
-        options = ["-n", str(workers), "-s", str(servers), "--transport", transport]
-        return self.start("-m", "headwater", "run", *options, *arguments)
+        options = ["-n", str(workers), "-s", str(servers), "--transport", transport, "--restarts", str(restarts)]
+        return self.start("-m", "headwater", "run", *options, "--durability", durability, *arguments)
 
     def steps(self, *arguments: str, **options: int | str) -> Output:
         """Start `headwater run` with the worker that makes steps."""
@@ -175,6 +184,7 @@ def test_workers_find_their_job_in_the_environment_and_nothing_of_torchruns(mach
         del entry["HEADWATER_MARK"]
         assert entry.pop("HEADWATER_ADDRESS").startswith(f"unix://{machine.folder}/")
         assert len(entry.pop("HEADWATER_TOKEN")) == 32
+        assert entry.pop("HEADWATER_LAUNCHER").isdigit()
         assert entry == {
             "HEADWATER_WORKER": str(index),
             "HEADWATER_WORKERS": "2",
@@ -269,7 +279,7 @@ def test_a_worker_killed_after_its_push_is_sealed_counts(machine: Machine, serve
 def test_a_worker_killed_among_others_that_do_not_wait_counts_nowhere(machine: Machine, servers: int) -> None:
     output = machine.start(
         *("-m", "headwater", "run", "-n", "2", "-s", str(servers), "--transport", "tcp", "--consistency", "asp"),
-        *(str(WORKERS / "steps.py"), "6", "1:3:torn"),
+        *("--restarts", "0", str(WORKERS / "steps.py"), "6", "1:3:torn"),
     )
     assert output.finish() == 128 + signal.SIGKILL
     low, high = output_values(output)
@@ -298,12 +308,124 @@ def test_a_killed_server_ends_the_job_with_a_word(machine: Machine, victim: int)
     assert f"headwater: server {victim} ended by SIGKILL; the job cannot go on." in output.lines
 
 
+@servers
+@pytest.mark.parametrize("transport", ["auto", "tcp"])
+def test_a_killed_server_is_started_again_and_nothing_is_lost(machine: Machine, servers: int, transport: str) -> None:
+    """Each of 40 steps takes 1 from a parameter that is 1 at first: one that is lost or counted twice would show."""
+    output = machine.steps("40", servers=servers, transport=transport, restarts=4, durability="log")
+    for step in (3, 10, 20, 30):
+        output.wait_for(f"made step {step} ")
+        os.kill(machine.servers()[step % servers], signal.SIGKILL)
+        output.wait_for("it is started again")
+    assert output.finish() == 0
+    assert "ends at -39.0 -39.0" in output.text
+
+
 def test_a_killed_launcher_takes_servers_and_workers_along(machine: Machine) -> None:
     output = machine.steps("0", servers=2)
     for _ in range(2):
         output.wait_for("is under way")
     output.process.kill()
     assert output.finish() == -signal.SIGKILL
+
+
+# Workers that are started again.
+
+
+def again(machine: Machine, action: str, *, restarts: int = 0, servers: int = 1) -> Output:
+    """Start a job of three whose worker 1 comes to an end in the middle."""
+    return machine.run(str(WORKERS / "again.py"), action, workers=3, restarts=restarts, servers=servers)
+
+
+def ends(output: Output) -> list[str]:
+    """Return what the workers said at their end."""
+    return sorted(line for line in output.lines if "ends at" in line)
+
+
+ALL_END = [f"worker {i} ends at -19.0" for i in range(3)]
+
+
+@servers
+def test_a_killed_worker_is_started_again_and_the_job_ends_well(machine: Machine, servers: int) -> None:
+    output = again(machine, "dies", restarts=3, servers=servers)
+    clock, held = output.wait_for(r"worker 1 is back at clock (\d+) with (\S+)").groups()
+    assert int(clock) >= 3
+    assert float(held) == 1.0 - int(clock)
+    assert output.finish() == 0, output.text
+    assert "headwater: worker 1 ended by SIGKILL; it is started again, restart 1 of 3." in output.lines
+    assert ends(output) == ALL_END
+
+
+def test_a_worker_that_always_dies_is_started_again_so_often_and_the_others_finish(machine: Machine) -> None:
+    output = again(machine, "always_dies", restarts=2)
+    assert output.finish() == 128 + signal.SIGKILL
+    assert [line for line in output.lines if line.startswith("headwater: ")] == [
+        "headwater: worker 1 ended by SIGKILL; it is started again, restart 1 of 2.",
+        "headwater: worker 1 ended by SIGKILL; it is started again, restart 2 of 2.",
+        "headwater: worker 1 ended by SIGKILL; the others go on.",
+    ]
+    assert len(ends(output)) == 2
+
+
+def test_a_worker_that_fails_when_it_is_started_again_is_not_started_a_third_time(machine: Machine) -> None:
+    output = again(machine, "dies_and_fails", restarts=3)
+    assert output.finish() == 1
+    assert output.text.count("RuntimeError: on purpose") == 1
+    assert "headwater: worker 1 ended with exit status 1 before its first commit; the others go on." in output.lines
+    assert ends(output) == [ALL_END[0], ALL_END[2]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_that_ends_while_it_waits_for_others_is_back_before_they_move(
+    machine: Machine, number: signal.Signals
+) -> None:
+    """The server would find out only when it has something to say; and what was sealed counts."""
+    output = again(machine, "waits", restarts=1)
+    victim = int(output.wait_for(r"waits as process (\d+)")[1])
+    since = time.monotonic()
+    os.kill(victim, number)
+    accepted = output.wait_for(r"worker 0 made the step with (\d)")[1]  # which it does when the other is back
+    assert time.monotonic() - since < SOON_S
+    assert accepted == "3"  # the dead worker's among them
+    assert output.finish() == 0, output.text
+    assert ends(output) == ALL_END
+
+
+def test_a_worker_that_gets_sigterm_leaves_the_job_and_ends_with_143(machine: Machine) -> None:
+    output = again(machine, "pauses")
+    victim = int(output.wait_for(r"pauses as process (\d+)")[1])
+    os.kill(victim, signal.SIGTERM)
+    output.wait_for("worker 1 leaves, and has left: True")
+    assert output.finish() == 143
+    assert "headwater: worker 1 ended with exit status 143; the others go on." in output.lines
+    assert ends(output) == [ALL_END[0], ALL_END[2]]
+
+
+def test_a_worker_that_does_not_leave_on_sigterm_is_gone_after_the_limit(machine: Machine) -> None:
+    output = again(machine, "stays")
+    victim = int(output.wait_for(r"stays as process (\d+)")[1])
+    os.kill(victim, signal.SIGTERM)
+    output.wait_for("worker 1 stays all the same")
+    assert output.finish() == 128 + signal.SIGALRM
+    assert ends(output) == [ALL_END[0], ALL_END[2]]
+
+
+@pytest.mark.parametrize("transport", ["auto", "tcp"])
+def test_a_dead_server_can_be_started_again_at_its_address(transport: str) -> None:
+    with LocalJob([], workers=0, transport=transport) as job:
+        address = job.address
+        job.servers[0].kill()
+        job.servers[0].wait()
+        job._start_server(0)
+        assert job.address == address
+        with hw.connect(address, token=job.token) as session:
+            assert session.stats().commit == 0
+
+
+def test_sigterm_keeps_the_meaning_that_a_script_has_given_it(machine: Machine) -> None:
+    output = machine.run(str(WORKERS / "handlers.py"), workers=1)
+    assert output.finish() == 0, output.text
+    assert output.lines == ["the script's own: True", "a forked child's: <Handlers.SIG_DFL: 0>"]
 
 
 # Interruption.

@@ -15,7 +15,19 @@ from headwater._consistency import PushEntry
 from headwater._dense import Foreseen, Shard
 from headwater._errors import NonFiniteError
 from headwater._layout import BLOCK, TensorSpec
-from headwater._messages import Assign, Attach, Attached, Done, Flip, Hello, Prepare, Prepared, Register, Seal, Welcome
+from headwater._messages import (
+    Assign,
+    Attach,
+    Attached,
+    Flip,
+    Flipped,
+    Hello,
+    Prepare,
+    Prepared,
+    Register,
+    Seal,
+    Welcome,
+)
 from headwater._plan import Plan
 from headwater._transport import Address, connect, request
 
@@ -40,7 +52,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         noted.extend([shard._foreseen] if shard._foreseen is not None else [])
         return prepare(shard, request)
 
-    def judge(shard: Shard, request: Flip) -> Done:
+    def judge(shard: Shard, request: Flip) -> Flipped:
         answer = flip(shard, request)
         found.extend(foreseen.has_counted for foreseen in noted)
         noted.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -269,8 +270,8 @@ def test_every_level_and_thread_count_gives_the_same_table(optimizer: optim.Opti
         stats = table.stats()
         assert stats["evicted"] > 100
         assert stats["expired"] > 100
-        written, rows, deleted, _, _ = table.changes("replica")
-        return pulled, dump(table), stats, written.tobytes(), rows.tobytes(), deleted.tobytes()
+        changes = [part.tobytes() for part in table.changes("replica")[:5]]
+        return pulled, dump(table), stats, changes
 
     expected = run("baseline", 1)
     for level in LEVELS:
@@ -482,7 +483,7 @@ def test_arguments_that_do_not_fit_change_nothing() -> None:
             call()
     assert (out == 7).all()
     assert (dump(table), table.stats()) == before
-    assert [len(part) for part in table.changes("a")[:3]] == [0, 0, 0]
+    assert [len(part) for part in table.changes("a")[:5]] == [0] * 5
 
 
 # ---- against a plain dict ------------------------------------------------------------------------------------
@@ -611,7 +612,7 @@ class TableMachine(RuleBasedStateMachine):
 
     def take_changes(self, batch: Array, gradients: Array | None) -> None:
         """Bring the model up to what went beyond it: evictions, and the expired, whom `changes` sweeps away."""
-        ids, rows, gone, restart, more = self.table.changes("model")
+        ids, rows, counts, last_seen, gone, step, restart, more = self.table.changes("model")
         assert not more
         there, deleted = set(ids.tolist()), set(gone.tolist())
         if restart:  # the log was too short: what there is is complete, so who is not there, or is not as he should be, was deleted
@@ -637,9 +638,11 @@ class TableMachine(RuleBasedStateMachine):
             for i in self.created & set(batch.tolist()):
                 self.take_forgotten(i, there)
         assert there == {i for i in self.written if i in self.rows}
-        assert {int(i): row.tobytes() for i, row in zip(ids, rows, strict=True)} == {
-            i: self.rows[i].values.tobytes() for i in there
-        }
+        assert {
+            int(i): row.tobytes() + count.tobytes() + last.tobytes()
+            for i, row, count, last in zip(ids, rows, counts, last_seen, strict=True)
+        } == {i: self.rows[i].key() for i in there}
+        assert step == self.table.stats()["step"]
         self.written.clear()
         self.created.clear()
 
@@ -722,7 +725,7 @@ class TableMachine(RuleBasedStateMachine):
         }  # they are swept away now
         more = True
         while more:
-            ids, rows, deleted, restart, more = self.table.changes("replica", limit)
+            ids, rows, _, _, deleted, _, restart, more = self.table.changes("replica", limit)
             if restart:
                 self.replica.clear()
             for i in deleted.tolist():
@@ -837,10 +840,10 @@ def test_a_follower_who_asks_too_late_starts_over() -> None:
     limit = table.stats()["rows_max"]
     ones = np.ones((limit // 2, 4), np.float32)
     table.track("late")
-    assert table.changes("late")[3], "the first time"
+    assert table.changes("late")[6], "the first time"
     for at in range(0, 20 * limit, limit // 2):
         push(table, RULES[0], np.arange(at, at + limit // 2), ones)
-    ids, rows, deleted, restart, more = table.changes("late")
+    ids, rows, _, _, deleted, _, restart, more = table.changes("late")
     assert restart
     assert not more
     assert len(deleted) == 0
@@ -892,7 +895,7 @@ def test_rows_on_disk_are_the_same_rows(tmp_path: Path, evict: str) -> None:
         if turn % 20 == 10:
             more = True
             while more:
-                written, rows, deleted, restart, more = table.changes("replica", 20_000)
+                written, rows, _, _, deleted, _, restart, more = table.changes("replica", 20_000)
                 if restart:
                     replica.clear()
                 for i in deleted.tolist():
@@ -984,3 +987,190 @@ def test_more_rows_than_fit_in_memory_are_refused_in_a_push_and_pulled_in_turns(
     assert dump(table) == before
     assert pull(table, ids, 12, touch=True).tobytes() == b"".join(before[i][:48] for i in ids.tolist())
     assert table.bytes <= BUDGET
+
+
+# ---- snapshots -----------------------------------------------------------------------------------------------
+
+
+class Snapshot:
+    """What changes of a table from the beginning on; and a table made of it."""
+
+    def __init__(self, table: _kernels.Table) -> None:
+        self.table, self.restarts = table, -1  # the first is none
+        self.answers: list[tuple[Array, Array, Array, Array, Array, int]] = []
+        table.track("snapshot")
+
+    def take(self, limit: int = 1 << 62) -> bool:
+        ids, rows, counts, last_seen, deleted, step, restart, more = self.table.changes("snapshot", limit)
+        if restart:
+            self.answers.clear()
+            self.restarts += 1
+        self.answers.append((deleted, ids, rows, counts, last_seen, step))
+        return more
+
+    def restore(self, table: _kernels.Table, now: float) -> None:
+        for deleted, ids, rows, counts, last_seen, step in self.answers:
+            table.delete(deleted)
+            table.put(ids, rows, counts, last_seen, step=max(step, 1), now=now)
+        assert table.stats()["evicted"] == 0
+
+
+SNAPSHOT_TABLES: dict[str, dict[str, Any]] = {
+    "grows": {"admit_after": 2},
+    "lru": {"budget_bytes": 900_000},
+    "lfu": {"budget_bytes": 900_000, "evict": "lfu"},
+    "spills": {"budget_bytes": 1_400_000, "when_full": "spill"},
+    "spills lfu": {"budget_bytes": 1_400_000, "when_full": "spill", "evict": "lfu"},
+}
+
+
+@pytest.mark.parametrize("kind", SNAPSHOT_TABLES)
+def test_a_snapshot_is_the_table_however_it_changed_meanwhile(kind: str, tmp_path: Path) -> None:
+    """Pushes of old and new ids, deletions, expiry, decay, evictions, spilling and loading between any two answers."""
+    figures = dict.fromkeys(("evicted", "expired", "deleted", "spilled", "loaded", "restarted"), 0)
+    kept = 0
+    for seed in range(9):
+        rng = np.random.default_rng(seed)
+        touches = seed % 3 == 0
+        expiries: list[dict[str, Any]] = [{}, {"expire_steps": 40}, {"expire_s": 50.0}]
+        options = (
+            SNAPSHOT_TABLES[kind]
+            | expiries[seed % 3]
+            | {"buckets": (0, 16), "decay": 0.8, "spill_folder": str(tmp_path)}
+        )
+        table = make_table(RULES[2], 12, **options)
+        step, now, space = 1, 1_000.0, int(rng.choice([4_000, 20_000]))
+
+        def change(
+            table: _kernels.Table = table,
+            rng: np.random.Generator = rng,
+            touches: bool = touches,
+            options: Any = options,
+        ) -> None:
+            nonlocal step, now, space
+            turn = rng.integers(0, 8)
+            ids = HERE[rng.choice(space, int(rng.integers(1, 1_500)), replace=False)]
+            if turn < 4:
+                step, now = (
+                    step + int(rng.choice([0, 1, 3, 300], p=[0.3, 0.3, 0.37, 0.03])),
+                    now + float(rng.integers(0, 4)),
+                )
+                push(table, RULES[2], ids, rng.standard_normal((len(ids), 12)).astype(np.float32), step, now)
+            elif turn == 4:
+                space = min(space + 800, len(HERE))
+            elif turn == 5:
+                table.delete(ids[:200])
+            elif turn == 6:
+                step += (
+                    0 if "expire_steps" in options else int(rng.choice([0, 600]))
+                )  # counts decay, and nobody looks at them
+                table.sweep(step=step, now=now)
+            else:
+                pull(table, ids[:800], 12, touch=touches, now=now)
+
+        for _ in range(40):
+            change()
+        snapshot = Snapshot(table)
+        ahead, asked = int(rng.choice([1, 3])), 0
+        while snapshot.take(int(rng.integers(1, 1_200))) or asked < 20:
+            asked += 1
+            for _ in range(ahead if asked < 60 else 0):
+                change()
+        expected = dump(table)
+        fresh = make_table(RULES[2], 12, **options)
+        snapshot.restore(fresh, now)
+        found = dump(fresh)
+        kept += len(expected)
+        assert found.keys() == expected.keys(), f"seed {seed}"
+        to = -8 if touches else None  # pulls make rows seen, and nothing else
+        assert all(found[i][:to] == expected[i][:to] for i in expected), f"seed {seed}"
+        figures = {name: figures[name] + table.stats().get(name, snapshot.restarts > 0) for name in figures}
+    assert kept > 1_000
+    assert figures["expired"] > 100
+    assert figures["deleted"] > 100
+    assert figures["restarted"] <= 6
+    assert (figures["evicted"] > 1_000) == (kind in ("lru", "lfu"))
+    assert (min(figures["spilled"], figures["loaded"]) > 1_000) == kind.startswith("spills")
+
+
+@pytest.mark.parametrize("kind", ["grows", "lru", "spills"])
+def test_a_snapshot_is_made_while_others_use_the_table(kind: str, tmp_path: Path) -> None:
+    options = SNAPSHOT_TABLES[kind] | {"buckets": (0, 16), "spill_folder": str(tmp_path), "admit_after": 1}
+    table = make_table(RULES[2], 12, threads=2, **options)
+    fill(table, 20_000, 1_000)
+    is_over, failures, pushes = threading.Event(), [], [0, 0]
+
+    def use(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        try:
+            while not is_over.is_set():
+                ids = HERE[rng.choice(25_000, 400, replace=False)]
+                table.prefetch(ids[:200])
+                push(table, RULES[2], ids, rng.standard_normal((400, 12)).astype(np.float32))
+                table.delete(ids[:20])
+                pull(table, ids, 12, touch=True)
+                pushes[seed] += 1
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    users = [threading.Thread(target=use, args=(seed,)) for seed in range(2)]
+    for user in users:
+        user.start()
+    try:
+        snapshot = Snapshot(table)
+        for _ in range(30):
+            snapshot.take(700)
+            before, limit = sum(pushes), time.monotonic() + 30
+            while sum(pushes) == before:
+                assert time.monotonic() < limit
+                os.sched_yield()
+    finally:
+        is_over.set()
+        for user in users:
+            user.join()
+    assert sum(pushes) > 10
+    while snapshot.take():
+        pass
+    assert failures == []
+    assert snapshot.restarts == 0 or kind == "lru"
+    fresh = make_table(RULES[2], 12, **options)
+    snapshot.restore(fresh, 0.0)
+    found, expected = dump(fresh), dump(table)
+    assert found.keys() == expected.keys()
+    assert all(found[i][:-8] == expected[i][:-8] for i in expected)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 1000])
+def test_changes_come_in_parts_of_the_limit_and_each_once(limit: int, tmp_path: Path) -> None:
+    for table, count in ((make_table(RULES[2], 12, buckets=(0, 16)), 2_000), (spilling_table(tmp_path), 50_000)):
+        fill(table, count, 1_000)
+        most = limit + 4096 // (16 + 13 * 4)  # a page of rows on disk is read as a whole
+        table.track("x")
+        found: list[int] = []
+        more = True
+        while more:
+            ids, _, _, _, deleted, _, restart, more = table.changes("x", limit)
+            assert restart == (found == [])
+            assert len(deleted) == 0
+            assert 0 < len(ids) <= most
+            found += ids.tolist()
+        assert sorted(found) == HERE[:count].tolist()
+
+
+def test_a_consumer_who_reads_in_time_is_not_overtaken_because_of_one_who_does_not() -> None:
+    """The log keeps 512 ids a bucket at least."""
+    table = make_table(RULES[0], 1, buckets=(0, 16))
+    table.track("sleeper")
+    table.changes("sleeper")
+    table.track("reader")
+    table.changes("reader")
+    ids = HERE[_kernels.bucket_of(HERE) == 3]
+    for at in range(0, 5_120, 512):
+        some = ids[at : at + 512]
+        push(table, RULES[0], some, np.ones((512, 1), np.float32))
+        assert table.delete(some) == 512
+        *_, deleted, _, restart, _ = table.changes("reader")
+        assert not restart
+        assert deleted.tolist() == some.tolist()
+    assert table.changes("sleeper")[6]

@@ -484,7 +484,7 @@ def test_saving_from_several_servers_writes_the_same_files(tmp_path: Path) -> No
         with start_job(servers=servers) as job, job.connect() as session:
             train_from(session, range(3))
             session.save(tmp_path / str(servers))
-    for name in ("model.safetensors", "optimizer.safetensors", "job.json"):
+    for name in ("model-0.safetensors", "optimizer-0.safetensors"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
 
 
@@ -499,14 +499,6 @@ def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
         session.load(tmp_path / "saved")
         register_ones(session)
         assert session.pull()["w"].tolist() == [-1.0] * 4
-
-
-def test_saving_names_the_tables_that_are_not_in_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with hw.connect() as session:
-        session.table("items", 2)
-        register_ones(session)
-        session.save(tmp_path / "saved")
-    assert caplog.messages == [f"{tmp_path}/saved will not hold the rows of table items: Table.export() saves them."]
 
 
 def test_figures_and_counts_stand_in_the_statistics() -> None:

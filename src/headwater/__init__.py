@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headwater import _errors as errors
-    from headwater import optim
+    from headwater import durability, optim
     from headwater._consistency import Consistency, asp, bsp, ssp
-    from headwater._data import Portion
+    from headwater._data import LeasedData, Portion
     from headwater._lookup import Changes, Table, hash_ids
     from headwater._messages import TableStats
     from headwater._rows import Constant, Normal, RowPolicy, Uniform
@@ -33,6 +33,7 @@ __all__ = [
     "Changes",
     "Consistency",
     "Constant",
+    "LeasedData",
     "Normal",
     "Portion",
     "RowPolicy",
@@ -44,6 +45,7 @@ __all__ = [
     "asp",
     "bsp",
     "connect",
+    "durability",
     "errors",
     "hash_ids",
     "optim",
@@ -55,6 +57,7 @@ _HOMES = {
     "Changes": "_lookup:Changes",
     "Consistency": "_consistency:Consistency",
     "Constant": "_rows:Constant",
+    "LeasedData": "_data:LeasedData",
     "Normal": "_rows:Normal",
     "Portion": "_data:Portion",
     "RowPolicy": "_rows:RowPolicy",
@@ -66,6 +69,7 @@ _HOMES = {
     "asp": "_consistency:asp",
     "bsp": "_consistency:bsp",
     "connect": "_session:connect_session",
+    "durability": "durability",
     "errors": "_errors",
     "hash_ids": "_lookup:hash_ids",
     "optim": "optim",

@@ -49,6 +49,22 @@ def main() -> None:
     show_default=True,
     help="auto: shared memory.",
 )
+@click.option(
+    "--restarts",
+    default=3,
+    show_default=True,
+    type=click.IntRange(0),
+    help="How often workers and servers that died are started again, all together.",
+)
+@click.option(
+    "--durability",
+    default="snapshot",
+    show_default=True,
+    metavar="none|snapshot|log[:S]",
+    help="What the death of a server costs: the job, what was learnt since the last snapshot (every S seconds), or nothing.",
+)
+@click.option("--store", metavar="FOLDER", help="Keep the job here; default: a folder that ends with it.")
+@click.option("--resume", is_flag=True, help="Go on from what the store holds.")
 @click.option("--save", type=click.Path(path_type=Path), help="Save the job here at its end, Ctrl+C included.")
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module name, as in python -m.")
 @click.argument("script")
@@ -58,6 +74,10 @@ def run(
     servers: int,
     consistency: str | None,
     transport: str,
+    restarts: int,
+    durability: str,
+    store: str | None,
+    resume: bool,
     save: Path | None,
     module: bool,
     script: str,
@@ -66,17 +86,25 @@ def run(
     """Run SCRIPT in local worker processes beside local servers.
 
     Workers find HEADWATER_ADDRESS, HEADWATER_TOKEN, HEADWATER_WORKER and HEADWATER_WORKERS in their environment, which is where
-    headwater.connect() looks. The servers stop when the last worker has ended.
+    headwater.connect() looks. A worker that dies once it is under way is started again with the same HEADWATER_WORKER, and finds the
+    job where the others are: let the script go by session.clock. A server that dies is started again, too; workers wait for it. The
+    servers stop when the last worker has ended.
     """
     from headwater._consistency import Consistency
     from headwater._launch import LocalJob, run_job
+    from headwater.durability import Durability
 
+    if (resume or store is not None) and (store is None or durability == "none"):
+        raise click.UsageError("Expected --store and a --durability with --resume, got one without the other.")
     if consistency is not None:
         Consistency.parse(consistency)
     if not module and not Path(script).is_file():
         raise click.BadParameter(f"{script} is no file.", param_hint="SCRIPT")
     command = [sys.executable, *(["-m"] if module else []), script, *arguments]
-    job = LocalJob(command, workers=workers, servers=servers, consistency=consistency, transport=transport)
+    job = LocalJob(
+        command, workers=workers, servers=servers, consistency=consistency, transport=transport, restarts=restarts,
+        durability=None if durability == "none" else Durability.parse(durability), store=store, resumes=resume,
+    )  # fmt: skip
     sys.exit(run_job(job, save=save))
 
 
@@ -136,6 +164,16 @@ def demo(
 )
 @click.option("--consistency", metavar="bsp|ssp:S|asp", help="Default: as the first worker says.")
 @click.option("--threads", type=click.IntRange(1), help="Kernel threads; default: all cores.")
+@click.option(
+    "--durability",
+    metavar="snapshot|log[:S]",
+    help="What the job survives, with the seconds between snapshots; the same for all its servers. Default: nothing.",
+)
+@click.option("--store", metavar="FOLDER", default="", help="Where a durable job is kept; all its servers reach it.")
+@click.option(
+    "--index", type=click.IntRange(0), help="This server's place among those of a durable job; the first's is 0."
+)
+@click.option("--resume", is_flag=True, help="Go on from what the store holds.")
 @click.option("--stop-with-input", is_flag=True, hidden=True, help="Stop at the end of standard input.")
 def server(
     listen: str,
@@ -144,6 +182,10 @@ def server(
     workers: int,
     consistency: str | None,
     threads: int | None,
+    durability: str | None,
+    store: str,
+    index: int | None,
+    resume: bool,
     stop_with_input: bool,
 ) -> None:
     """Run a server until SIGTERM or Ctrl+C.
@@ -153,7 +195,10 @@ def server(
     from headwater._consistency import Consistency
     from headwater._server import Server
     from headwater._transport import Address
+    from headwater.durability import Durability
 
+    if durability is not None and join and index is None:
+        raise click.UsageError("Expected --index for a further server of a durable job, got none.")
     address = Address.parse(listen)
     token = os.environ.get("HEADWATER_TOKEN", "")
     made_up = not token
@@ -170,6 +215,10 @@ def server(
         workers=workers,
         servers=servers,
         threads=threads,
+        durability=Durability.parse(durability) if durability is not None else None,
+        store=store,
+        index=-1 if index is None else index,
+        resumes=resume,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: running.stopped.set())
@@ -183,6 +232,21 @@ def server(
         threading.Thread(target=_stop_with_input, args=(running.stopped,), daemon=True).start()
     running.stopped.wait()
     running.close()
+
+
+@main.command()
+@click.argument("path")
+def inspect(path: str) -> None:
+    """Say what the saved job or the store at PATH holds, and whether all of it is sound.
+
+    Reads every byte. Exit status 1: something is not as it was written.
+    """
+    from headwater._files import open_files
+    from headwater._snapshot import describe
+
+    text, is_sound = describe(*open_files(path))
+    click.echo(text, nl=False)
+    sys.exit(0 if is_sound else 1)
 
 
 def _stop_with_input(stopped: threading.Event) -> None:

@@ -7,12 +7,14 @@ Rules that live here and nowhere else:
 3. A clock always closes: an empty or refused push closes it like any other, and a worker that left is not waited for.
 4. Pushes of one worker carry rising sequences; one that was counted is never counted again.
 5. Under BSP the step's scalars must agree; the push that differs is refused, and the error names both workers.
+6. A worker that waits for data is waited for by nobody: it pauses, and joins again where the others are then.
 
 No sockets, no threads, no time: the coordinator is the thin shell around it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import msgspec
@@ -103,11 +105,21 @@ class Policy:
         self.commit = 0  # number of the last commit
         self.members: dict[int, Member] = {}
         self._arrived: set[int] = set()  # indices
+        self._paused: dict[int, Member] = {}
 
     @property
     def started(self) -> bool:
         """Whether everybody expected at the start has come."""
         return len(self._arrived) >= self.expected
+
+    def begin(self, arrived: Iterable[int]) -> None:
+        """Go on with members that are known; these indices, too, are waited for no longer."""
+        self._arrived = set(arrived)
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether workers are in a step that all of them end together."""
+        return self.consistency.kind == "bsp" and self.started and bool(self.members)
 
     def missing(self) -> list[int]:
         """Indices of the workers that have not come yet."""
@@ -115,19 +127,47 @@ class Policy:
             return []
         return [i for i in range(self.expected) if i not in self._arrived][: self.expected - len(self._arrived)]
 
-    def join(self, worker: int, index: int) -> int:
-        """Take in a worker and return the clock it starts at; nobody waits for it before its first push is due."""
+    def join(self, worker: int, index: int, *, sequence: int = -1, clock: int | None = None) -> int:
+        """Take in a worker, new or paused, and return the clock it starts at; nobody waits for it before its next push is due.
+
+        One that comes back has its last `sequence` that counted, and its clock, which under BSP is everybody's.
+        """
         if worker in self.members:
             raise ProtocolError(f"Expected a worker to join once, got worker {index} again.")
-        clock = self.commit
-        if self.consistency.kind != "bsp":
-            clock = min((m.clock for m in self.members.values()), default=self.commit)
-        self.members[worker] = Member(index, clock)
+        paused = self._paused.pop(worker, None)
+        if self.consistency.kind == "bsp":
+            clock = self.commit
+        elif clock is None:
+            clock = min((m.clock for m in self.members.values()), default=self.commit if paused is None else 0)
+            clock = clock if paused is None else max(clock, paused.clock)
+        member = self.members[worker] = paused or Member(index, clock)
+        member.clock, member.sequence = clock, max(member.sequence, sequence)
         self._arrived.add(index)
         return clock
 
+    def withdraw(self, worker: int) -> bool:
+        """A worker is back: forget what it has sealed and what has not been committed. Returns whether it is a member."""
+        member = self.members.get(worker)
+        if member is None:
+            return False
+        if member.pending is not None:
+            member.sequence = member.pending.sequence - 1
+            member.pending = None
+        member.leaving = False
+        self._arrived.add(member.index)
+        return True
+
+    def pause(self, worker: int) -> list[Commit]:
+        """Wait no longer for a worker whose pushes are all closed, until it joins again; its sequence goes on from where it was."""
+        member = self.members.get(worker)
+        if member is None or member.pending is not None:
+            raise ProtocolError("Expected a pause of a worker that has joined and whose pushes are closed.")
+        self._paused[worker] = self.members.pop(worker)
+        return self._close()
+
     def leave(self, worker: int) -> list[Commit]:
         """Let a worker go, dead or done. A push it has sealed still counts; the others wait for it no longer."""
+        self._paused.pop(worker, None)
         member = self.members.get(worker)
         if member is None:
             return []
@@ -189,9 +229,13 @@ class Policy:
         if self.is_released(worker):
             return []
         if self.consistency.kind == "bsp":
-            return [w for w, m in self.members.items() if m.pending is None]
+            return self.late()
         limit = self.members[worker].clock - self.consistency.staleness
         return [w for w, m in self.members.items() if m.clock < limit]
+
+    def late(self) -> list[int]:
+        """Identities of the live workers whose push the BSP commit to come waits for."""
+        return [w for w, m in self.members.items() if m.pending is None]
 
     def _close(self) -> list[Commit]:
         """Make the BSP commit that is now complete, if one is."""

@@ -6,8 +6,11 @@ The consistency policy decides which pushes make a commit; the coordinator carri
     Flip      what was prepared is the state
 
 Both are said to all servers at once and answered by all before the next, so commit n is the same on every server. With
-clipping, Norms is asked first. One thread at a time executes; whichever thread completes a commit does it, so with one
-worker there is no hand-over.
+clipping, Norms is asked first; where commits are kept, Persist comes between the two. One thread at a time executes; whichever thread
+completes a commit does it, so with one worker there is no hand-over.
+
+Where the job is durable and a server is lost, workers' connections are ended, what was sealed and not committed is forgotten, and when
+every server is there again all go to the same commit (`_recovery`). Workers come back by themselves and say again what did not count.
 """
 
 from __future__ import annotations
@@ -18,10 +21,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
+import msgspec
 import numpy as np
 
 from headwater import _limits
+from headwater._book import Book, Change, Counted
 from headwater._consistency import Commit, Consistency, Policy, PushEntry, bsp
 from headwater._dense import Foreseen, Shard
 from headwater._errors import (
@@ -34,8 +41,10 @@ from headwater._errors import (
     ProtocolError,
     SettingError,
     WaitTimeoutError,
+    warn,
 )
 from headwater._layout import Layout, TensorSpec, difference
+from headwater._leases import DataSpec, Leases
 from headwater._messages import (
     AnyMessage,
     Assign,
@@ -45,19 +54,24 @@ from headwater._messages import (
     Detach,
     Failed,
     Flip,
+    Flipped,
     Gather,
     Held,
     Hello,
     Initialised,
+    Leased,
+    LeaseTake,
     Normed,
     Norms,
     OpenTable,
+    Persist,
     Prepare,
     Prepared,
     Register,
     Registered,
     Seal,
     ServerAddress,
+    SnapshotTaken,
     Stats,
     Waiting,
     Welcome,
@@ -66,7 +80,8 @@ from headwater._messages import (
 from headwater._plan import Plan, scaled
 from headwater._rows import TableSpec, spec_of
 from headwater._rows import difference as table_difference
-from headwater._transport import Connection, request
+from headwater._snapshots import AskEach, Snapshots
+from headwater._transport import Connection, Received
 from headwater.optim import AnyOptimizer
 
 #: Tells a waiting peer for whom it waits; raises when the peer is gone.
@@ -84,32 +99,73 @@ class Worker:
         self.commit = 0  # the commit that closed it
         self.read = 0  # the commit this worker's next gradient is computed from
         self.refusal: HeadwaterError | None = None
+        self.is_away = False  # a server was lost; it is expected to come back
+        self.went_back = False  # the job is at a snapshot again, and it does not know yet
+        self.used: tuple[tuple[str, int], ...] = ()  # of leased data, by the pushes up to the sealed one
+        self.is_idle = False  # waits for data
         self.accepted = self.clock = self.staleness = self.staleness_max = self.pushes = self.refused = 0
         self.figures: dict[str, float] = {}
+
+    def adopt(self, counted: Counted) -> None:
+        """Be what the book says of it."""
+        self.index, self.sealed, self.answered = counted.index, counted.sequence, counted.sequence
+        self.commit, self.clock, self.accepted = counted.commit, counted.clock, counted.accepted
+        self.refusal = None
+        if counted.refused is not None:
+            self.refusal = Failed(*counted.refused).exception()
+
+    def counted(self) -> Counted:
+        """Return what the book says of it."""
+        return Counted(
+            self.index, self.answered, self.commit, self.clock, self.accepted, _as_text(self.refusal), self.live
+        )
 
     def __str__(self) -> str:
         return f"worker {self.index} ({self.label})"
 
 
+class _Server:
+    """A server as the coordinator knows it. connection: None: it is the one in this process."""
+
+    def __init__(self, address: ServerAddress, connection: Connection | None) -> None:
+        self.address, self.connection = address, connection
+
+
 class Coordinator:
     """The job. It can be shared between threads."""
 
-    def __init__(self, shard: Shard, *, consistency: Consistency | None, workers: int, servers: int) -> None:
+    def __init__(
+        self,
+        shard: Shard | None,
+        *,
+        consistency: Consistency | None,
+        workers: int,
+        servers: int,
+        keep: Snapshots | None = None,
+    ) -> None:
         self._shard = shard
         self._consistency, self._expected, self._server_count = consistency, workers, servers
+        self._keep = keep
         self._changed = threading.Condition()
         self._policy: Policy | None = None
         self._workers: dict[int, Worker] = {}
-        self._addresses: list[ServerAddress] = []
-        self._remotes: list[Connection] = []
+        self._servers: list[_Server | None] = [None] * servers
+        self._is_ready = False  # every server is there, at the same commit
+        self._generation = 0  # rises when a server is lost
         self._layout: Layout | None = None
         self._optimizer: AnyOptimizer | None = None
         self._plan: Plan | None = None
         self._tables: list[TableSpec] = []
+        self._serial = 0  # of the last change of the book
+        self._leases_written = b""
+        self._left: set[int] = set()  # identities, since the last commit that was written down
         self._initialiser: int | None = None
         self._is_initialised = False
+        self._commit = self._side = 0
         self._queue: deque[Commit] = deque()
-        self._is_busy = False
+        self._is_settling = False  # the first snapshot of what was registered or declared is being taken
+        self._is_busy = False  # somebody speaks to the servers
+        self._reserved = 0  # who wants to, before the next commit
         self._holder: tuple[int, float] | None = None
         self._failure: HeadwaterError | None = None
         self._checked: tuple[tuple[float, ...], ...] | None = None  # scalars found valid last
@@ -117,47 +173,185 @@ class Coordinator:
         self._was_clipped = True  # the last commit; a guess at the next one
         self._start_s = time.monotonic()
         self.state: dict[str, bytes] = {}
+        self.leases: dict[str, Leases] = {}  # by the dataset's name
 
     # Membership.
 
-    def add_server(self, address: ServerAddress, connection: Connection | None) -> None:
-        """Take in a server; None: the one in this process."""
+    def add_server(self, address: ServerAddress, connection: Connection | None, index: int = -1) -> int:
+        """Take in a server and return its index, which is free for it; connection None: the one in this process."""
         with self._changed:
-            if len(self._addresses) >= self._server_count:
+            free = [i for i, server in enumerate(self._servers) if server is None]
+            if not free:
                 raise SettingError(
                     f"Expected {self._server_count} servers in this job, got one more: start it with --servers."
                 )
-            self._addresses.append(address)
-            if connection is not None:
-                self._remotes.append(connection)
+            if index >= 0 and index not in free:
+                raise SettingError(f"Expected server {index} to be missing, got another one by that number.")
+            index = index if index >= 0 else free[0]
+            self._servers[index] = _Server(address, connection)
+            if len(free) == 1 and self._failure is None:
+                if self._keep is None:
+                    self._is_ready = True
+                else:  # which may take long, and whoever waits is told
+                    threading.Thread(target=self._assemble, args=(self._keep,), name="assemble", daemon=True).start()
+            self._changed.notify_all()
+            return index
+
+    def lose_server(self, index: int, connection: Connection | None = None) -> None:
+        """A server has died. Everybody is told; where the job is durable it goes on when the server is back.
+
+        connection: the one that has ended; where another has taken its place nothing is lost.
+        """
+        with self._changed:
+            server = self._servers[index]
+            if server is None or (connection is not None and server.connection is not connection):
+                return
+            if server.connection is not None:
+                server.connection.close()
+            self._servers[index] = None
+            if self._keep is None:
+                self._fail(
+                    PeerLostError(
+                        f"Expected every server of the job to live, got the end of server {index}: start the job again."
+                    )
+                )
+                return
+            self._is_ready = False
+            self._generation += 1
+            self._queue.clear()
+            self._holder = None
+            for worker in self._workers.values():
+                if worker.live:
+                    self._send_away(worker)
             self._changed.notify_all()
 
-    def lose_server(self, label: str) -> None:
-        """A server has died: nothing can be committed any more, and everybody is told."""
+    def _send_away(self, worker: Worker) -> None:
+        """End a worker's connections; it comes back, or is let go."""
+        worker.is_away = True
+        connections, worker.connections = worker.connections, []
+        for connection in connections:
+            connection.close()
+
+    def _assemble(self, keep: Snapshots) -> None:
+        """Every server is there: let all be at the same commit, and begin or go on."""
+        try:
+            with self.alone() as ask_each:
+                book = keep.restore(self._server_count, ask_each)
+                with self._changed:
+                    if book is not None:
+                        self._adopt_book(book)
+                    self._is_ready = None not in self._servers
+        except PeerLostError:
+            pass  # one was lost meanwhile; the next that comes begins again
+        except HeadwaterError as error:
+            warn(str(error))
+            with self._changed:
+                self._fail(error)
+
+    def _adopt_book(self, book: Book) -> None:
+        """Be at the commit of a book. Workers that live in it are expected to come back."""
+        self._consistency, self._expected = book.consistency, book.expected
+        if book.tensors is not None:
+            self._layout, self._optimizer = Layout(book.tensors), book.optimizer
+            self._plan = Plan.of(book.cohort_of, book.cohorts)
+            self._is_initialised = True
+        self._queue.clear()
+        self._tables, self.state = list(book.tables), dict(book.state)
+        self._serial, self._leases_written = book.serial, book.leases
+        self.leases = msgspec.msgpack.decode(book.leases, type=dict[str, Leases]) if book.leases else {}
+        if self._keep is not None and not self._keep.has_log:  # who held what is not what they hold now
+            for leases in self.leases.values():
+                leases.go_back()
+        self._commit, self._side, self._initialiser = book.commit, 0, None
+        self._was_clipped = True
+        policy = self._policy = Policy(book.consistency, book.expected)
+        policy.commit = book.commit
+        for worker in self._workers.values():
+            worker.sealed = worker.answered = -1
+        for identity, counted in book.workers.items():
+            if identity not in self._workers:
+                worker = self._workers[identity] = Worker(Hello("", "worker", identity, label="?"), counted.index)
+                worker.live = worker.is_away = counted.live
+            worker = self._workers[identity]
+            worker.adopt(counted)
+            if worker.live:
+                policy.join(identity, worker.index, sequence=counted.sequence, clock=counted.clock)
+        for worker in self._workers.values():
+            worker.went_back = self._keep is not None and not self._keep.has_log
+        away = [worker for worker in self._workers.values() if worker.live]
+        policy.begin([w.index for w in self._workers.values() if not w.live] if away else [])
+        if away:
+            threading.Thread(target=self._let_go, args=(self._generation,), name="return", daemon=True).start()
+
+    def _let_go(self, generation: int) -> None:
+        """Wait for workers to come back, and let those go who do not."""
+        deadline = time.monotonic() + _limits.RETURN_S
         with self._changed:
-            self._fail(
-                PeerLostError(f"Expected every server of the job to live, got the end of {label}: start the job again.")
-            )
+            while any(worker.live and worker.is_away for worker in self._workers.values()):
+                if generation != self._generation or self._failure is not None:
+                    return
+                if time.monotonic() < deadline:
+                    self._changed.wait(deadline - time.monotonic())
+                    continue
+                for worker in list(self._workers.values()):
+                    if worker.live and worker.is_away:
+                        self.leave(worker.identity)
+                self._require_policy().expected = 1
+                self._drain()
+                self._changed.notify_all()
+
+    def book(self) -> Book:
+        """Return the job as it is after the last commit. The caller sees to it that none is under way."""
+        with self._changed:
+            plan = self._plan
+            return Book(
+                self._consistency or bsp(), self._expected or 1, self._commit,
+                self._layout.specs if self._layout is not None and self._is_initialised else None,
+                self._optimizer, tuple(self._tables),
+                plan.cohorts if plan else (), plan.cells if plan else b"",
+                {w.identity: w.counted() for w in self._workers.values() if w.answered >= 0 or w.live},
+                dict(self.state), self._encoded_leases(), self._serial,
+            )  # fmt: skip
 
     def close(self) -> None:
         """The server in this process closes: whoever waits here waits no longer."""
+        if self._keep is not None:
+            self._keep.stop()
         with self._changed:
             self._fail(PeerLostError("Expected a running server, got one that was closed."))
 
     def hello(self, hello: Hello, connection: Connection, tell: Tell) -> Welcome:
-        """Take in a worker or an observer, once every server is there."""
+        """Take in a worker or an observer, once every server is there; or take back a worker whose connection had ended."""
+        if hello.role == "worker" and not hello.returns:
+            self._bury(hello.index)
         with self._changed:
-            self._wait(
-                lambda: len(self._addresses) == self._server_count,
-                lambda: [f"server {i}" for i in range(len(self._addresses), self._server_count)],
-                tell,
-            )
+            self._wait(lambda: self._is_ready, self._missing_servers, tell)
             policy = self._adopt(hello)
-            index = self._place(hello) if hello.role == "worker" else -1
+            index = -1
             if hello.role == "worker":
-                worker = self._workers[hello.identity] = Worker(hello, index)
-                worker.connections.append(connection)
-            return Welcome(index, policy.expected, policy.consistency, tuple(self._addresses))
+                worker = self._workers.get(hello.identity)
+                if worker is not None and hello.returns:
+                    self._return(worker)
+                else:
+                    worker = self._workers[hello.identity] = Worker(hello, self._place(hello))
+                worker.connections = [connection]
+                index = worker.index
+            servers = tuple(server.address for server in self._servers if server is not None)
+            return Welcome(index, policy.expected, policy.consistency, servers, self._keep is not None)
+
+    def _return(self, worker: Worker) -> None:
+        """Take a worker back. What it has sealed and what is not committed is forgotten: it says it again."""
+        self._send_away(worker)
+        self._when_idle()
+        if not worker.live and any(w.live and w.index == worker.index for w in self._workers.values()):
+            worker.index = self._free_index()
+        worker.live, worker.is_away = True, False
+        self._changed.notify_all()
+        worker.sealed = worker.answered
+        self._require_policy().withdraw(worker.identity)
+
+    def _missing_servers(self) -> list[str]:
+        return [f"server {i}" for i, server in enumerate(self._servers) if server is None]
 
     def _adopt(self, hello: Hello) -> Policy:
         """Settings live here; a peer's wish decides where nobody has decided yet, and must agree afterwards."""
@@ -176,35 +370,52 @@ class Coordinator:
             self._policy, self._consistency, self._expected = policy, consistency, expected
         return policy
 
+    def _bury(self, index: int) -> None:
+        """Let a worker go that died while it waited here, where that shows only later: this may be its process, started again."""
+        with self._changed:
+            same = [w for w in self._workers.values() if w.live and w.index == index]
+            dead = [w.identity for w in same if any(connection.has_ended for connection in w.connections)]
+        for identity in dead:
+            self.leave(identity)
+
     def _place(self, hello: Hello) -> int:
         if hello.identity in self._workers:
             raise ProtocolError("Expected a new identity from a new connection, got one that is known.")
+        holder = next((w for w in self._workers.values() if w.live and w.index == hello.index), None)
+        if holder is not None and not holder.is_away:
+            raise SettingError(f"Expected HEADWATER_WORKER to be free, got {hello.index}, which is {holder}.")
+        if holder is not None:
+            self.leave(holder.identity)  # its process was started again
+        free = self._free_index()
+        return hello.index if hello.index >= 0 else free
+
+    def _free_index(self) -> int:
         taken = {w.index for w in self._workers.values() if w.live}
         if len(taken) >= _limits.WORKERS:
             raise SettingError(f"Expected at most {_limits.WORKERS} workers, got one more.")
-        if hello.index in taken:
-            holder = next(w for w in self._workers.values() if w.live and w.index == hello.index)
-            raise SettingError(f"Expected HEADWATER_WORKER to be free, got {hello.index}, which is {holder}.")
-        return hello.index if hello.index >= 0 else next(i for i in range(len(taken) + 1) if i not in taken)
+        return next(i for i in range(len(taken) + 1) if i not in taken)
 
     def beat(self, identity: int, connection: Connection) -> None:
         """Note a worker's heartbeat connection, which is closed when the worker is dropped."""
         with self._changed:
             self._require(identity).connections.append(connection)
 
-    def leave(self, identity: int, *, close: bool = True) -> None:
+    def leave(self, identity: int, connection: Connection | None = None, *, close: bool = True) -> None:
         """Let a worker go, dead or done: nobody waits for it any more. A second time is fine.
 
-        close: end its connections too. That comes first, so that nothing torn is sent on them.
+        connection: the one that has ended; where the worker has others by now it stays. close: end its connections too. That comes
+        first, so that nothing torn is sent on them.
         """
         with self._changed:
             worker = self._workers.get(identity)
-            if worker is None or not worker.live:
+            if worker is None or not worker.live or (connection is not None and connection not in worker.connections):
                 return
-            worker.live = False
+            worker.live = worker.is_away = False
+            self._left.add(identity)
             if close:
-                for connection in worker.connections:
-                    connection.close()
+                for each in worker.connections:
+                    each.close()
+            worker.connections = []  # which are large; the worker is kept
             if self._holder is not None and self._holder[0] == identity:
                 self._holder = None
             if self._initialiser == identity and not self._is_initialised:
@@ -217,13 +428,18 @@ class Coordinator:
             self._changed.notify_all()
 
     def _detach(self, identity: int) -> None:
-        """Let every server forget a worker whose pushes are all answered."""
-        if (self._layout is None and not self._tables) or self._failure is not None:
+        """Let every server forget a worker whose pushes are all answered, and others have the data that it leaves."""
+        for leases in self.leases.values():
+            leases.give_back(identity)
+        if (self._layout is None and not self._tables) or self._failure is not None or not self._is_ready:
             return
         try:
             while self._is_busy:
                 self._changed.wait()
-            self._ask(Detach(identity))
+            if not self._workers[identity].live:
+                self._ask(Detach(identity))
+        except PeerLostError:
+            pass  # which has its own consequences
         except HeadwaterError as error:
             self._fail(error)
 
@@ -233,21 +449,36 @@ class Coordinator:
         """Agree on the layout. The first worker initialises it; the others wait until it has."""
         with self._changed:
             worker = self._require(identity)
+            self._wait(lambda: not self._is_settling, lambda: ["the first snapshot"], tell)
             if self._layout is None:
                 self._assign(register)
             self._compare(register)
-            while not self._is_initialised:
+            while not self._is_initialised or self._is_settling:
                 if self._initialiser is None:
                     self._initialiser = identity
                     return Registered(True)
                 self._wait(
-                    lambda: self._is_initialised or self._initialiser is None,
+                    lambda: (self._is_initialised and not self._is_settling) or self._initialiser is None,
                     lambda: [str(self._workers[w]) for w in (self._initialiser,) if w is not None],
                     tell,
                 )
+            # The others are in the middle of a step. A joiner waits for its end: if it began now, they would wait for its whole one.
+            policy = self._require_policy()
+            commit = policy.commit
+            self._wait(
+                lambda: (
+                    policy is not self._policy
+                    or policy.commit != commit
+                    or not policy.is_under_way
+                    or identity in policy.members
+                ),
+                lambda: [str(self._workers[w]) for w in policy.late()],
+                tell,
+            )
+            self._require(identity)
             return self._join(worker)
 
-    def initialised(self, identity: int, values: Initialised) -> Registered:
+    def initialised(self, identity: int, values: Initialised, tell: Tell) -> Registered:
         """The initial values lie on every server: open the job."""
         with self._changed:
             worker = self._require(identity)
@@ -257,25 +488,59 @@ class Coordinator:
             plan = Plan.start([spec.group for spec in self._layout.specs], values.steps)
             if self._is_initialised and self._holder is not None and self._holder[0] == identity:
                 self._plan = plan
-                return Registered(False, self._workers[identity].clock, self._shard.side)
+                return Registered(False, self._workers[identity].clock, self._side)
             if self._initialiser != identity or self._is_initialised:
                 raise ProtocolError("Expected initial values from the worker that was asked for them, once.")
             self._plan = plan
             policy.commit = values.commit
             self.state.update(values.state)
-            self._ask(Flip(values.commit, False))
+            self._flip(values.commit, swap=False)
             self._is_initialised = True
+            self._keep_structure(tell)
             self._changed.notify_all()
             return self._join(worker)
+
+    def take_snapshot(self, tell: Tell) -> SnapshotTaken:
+        """Take a snapshot now. Raises StorageError; SettingError where the job has no store."""
+        keep = self._keep
+        if keep is None:
+            raise SettingError("Expected a job with a store, got one without: start it with --durability.")
+        found: list[SnapshotTaken | HeadwaterError] = []
+
+        def take() -> None:
+            try:
+                found.append(keep.take(self))
+            except HeadwaterError as error:
+                found.append(error)
+            with self._changed:
+                self._changed.notify_all()
+
+        with self._changed:
+            threading.Thread(target=take, name="snapshot", daemon=True).start()
+            self._wait(lambda: bool(found), lambda: ["a snapshot"], tell)
+        (taken,) = found
+        if isinstance(taken, HeadwaterError):
+            raise taken
+        return taken
+
+    def _keep_structure(self, tell: Tell) -> None:
+        """What the log's records rest on has changed, so it is in a snapshot before anybody uses it."""
+        if self._keep is None:
+            return
+        self._is_settling = True
+        try:
+            with self._unlocked():
+                self.take_snapshot(tell)
+        finally:
+            self._is_settling = False
+            self._changed.notify_all()
 
     def _assign(self, register: Register) -> None:
         layout = Layout(register.tensors)
         consistency = self._require_policy().consistency
         if register.optimizer.kind == "mean" and consistency.kind != "bsp":
             raise SettingError(f"Expected bsp for an optimizer that runs on the workers, got {consistency}.")
-        for i, remote in enumerate(self._remotes):
-            request(remote, Assign(register.tensors, register.optimizer, i + 1, self._server_count, consistency))
-        self._shard.handle(Assign(register.tensors, register.optimizer, 0, self._server_count, consistency))
+        self._ask_each(lambda i: Assign(register.tensors, register.optimizer, i, self._server_count, consistency))
         self._layout, self._optimizer = layout, register.optimizer
 
     def _compare(self, register: Register) -> None:
@@ -290,20 +555,24 @@ class Coordinator:
     def _join(self, worker: Worker) -> Registered:
         assert self._optimizer is not None
         policy = self._require_policy()
-        if self._optimizer.kind == "mean" and policy.commit > 0:
+        if self._optimizer.kind == "mean" and policy.commit > 0 and worker.answered < 0:
             raise SettingError(
                 "Expected every worker at the start: with where='worker' nobody keeps the parameters for one that joins later."
             )
         self._when_idle()
-        worker.clock = policy.join(worker.identity, worker.index)
-        worker.read = self._shard.commit
+        self._require(worker.identity)  # it may have died meanwhile
+        member = policy.members.get(worker.identity)
+        worker.clock = member.clock if member else policy.join(worker.identity, worker.index, sequence=worker.answered)
+        worker.read = self._commit
         self._changed.notify_all()
-        return Registered(False, worker.clock, self._shard.side)
+        went_back, worker.went_back = worker.went_back, False
+        return Registered(False, worker.clock, self._side, self._commit, worker.answered, went_back)
 
-    def declare(self, identity: int, wanted: Declare) -> Declared:
+    def declare(self, identity: int, wanted: Declare, tell: Tell) -> Declared:
         """Agree on a table. The first to declare it decides; a wish that is None is for what the table has."""
         with self._changed:
             self._require(identity)
+            self._wait(lambda: not self._is_settling, lambda: ["the first snapshot"], tell)
             if all(spec.name != wanted.name for spec in self._tables):
                 self._when_idle()  # nobody else speaks to the servers; and another may have declared it meanwhile
             for number, spec in enumerate(self._tables):
@@ -316,10 +585,9 @@ class Coordinator:
                         )
                     return Declared(number, spec)
             number, spec = len(self._tables), self._new_table(wanted)
-            for i, remote in enumerate(self._remotes):
-                request(remote, OpenTable(number, spec, i + 1, self._server_count))
-            self._shard.handle(OpenTable(number, spec, 0, self._server_count))
+            self._ask_each(lambda i: OpenTable(number, spec, i, self._server_count))
             self._tables.append(spec)
+            self._keep_structure(tell)
             return Declared(number, spec)
 
     def _new_table(self, wanted: Declare) -> TableSpec:
@@ -343,21 +611,23 @@ class Coordinator:
         with self._changed:
             worker = self._require(identity)
             policy = self._require_policy()
-            self._check_seal(identity, seal)
-            worker.refusal = None
-            commits, refusal = policy.push(_entry(identity, seal))
-            worker.sealed = seal.sequence
-            if refusal is not None:
-                self._refuse(worker, refusal)
-            self._queue.extend(commits)
+            if seal.sequence != worker.answered:  # else it has counted, and the answer was lost
+                self._check_seal(identity, seal)
+                worker.refusal = None
+                commits, refusal = policy.push(_entry(identity, seal))
+                worker.sealed, worker.used = seal.sequence, seal.used
+                if refusal is not None:
+                    self._refuse(worker, refusal)
+                self._queue.extend(commits)
 
             def is_closed() -> bool:
                 self._drain(worker, seal.sequence)
                 return worker.answered >= seal.sequence and policy.is_released(identity)
 
             self._wait(is_closed, lambda: self._missing(identity), tell)
-            refused = worker.refusal and Failed(type(worker.refusal).__name__, str(worker.refusal))
-            return Committed(worker.commit, worker.clock, self._shard.side, worker.accepted, worker.staleness, refused)
+            text = _as_text(worker.refusal)
+            refused = None if text is None else Failed(*text)
+            return Committed(worker.commit, worker.clock, self._side, worker.accepted, worker.staleness, refused)
 
     def foresee(self, identity: int, seal: Seal) -> Foreseen | None:
         """Begin to apply the commit that a push which still arrives is about to complete; None where that cannot be told.
@@ -365,7 +635,7 @@ class Coordinator:
         It is only a guess: whoever joins, leaves or loads before the push is whole makes it another commit.
         """
         with self._changed:
-            if self._server_count > 1 or self._is_busy or self._queue or self._is_held():
+            if self._shard is None or self._server_count > 1 or self._is_busy or self._queue or self._is_held():
                 return None
             if self._plan is None or getattr(self._optimizer, "clip_norm", None) is not None:
                 return None  # the norm is known only when the gradient is whole
@@ -398,6 +668,10 @@ class Coordinator:
             raise LayoutError(
                 f"Expected one bit per tensor, got {len(seal.absent)} bytes for {len(self._layout.specs)} tensors."
             )
+        for name, used in seal.used:
+            if name not in self.leases:
+                raise ProtocolError(f"Expected the use of data that is leased, got data {name!r}.")
+            self.leases[name].check(identity, used)
         if seal.scalars == self._checked:
             return
         names = self._optimizer.scalar_names
@@ -411,15 +685,19 @@ class Coordinator:
 
     def _drain(self, worker: Worker | None = None, sequence: int = -1) -> None:
         """Execute queued commits; with a worker, only until its own push is answered: then another thread's turn comes."""
-        while self._queue and not self._is_busy and self._failure is None and not self._is_held():
+        while self._queue and self._may_commit():
             if worker is not None and worker.answered >= sequence:
                 break
             batch = [self._queue.popleft() for _ in range(min(len(self._queue), _limits.QUEUE_COMMITS))]
             self._is_busy = True
             self._changed.release()
-            failure = None
+            failure: HeadwaterError | None = None
+            refusals: dict[int, HeadwaterError] | None = None
             try:
                 refusals = self._execute(batch)
+            except PeerLostError as error:
+                if self._keep is None:
+                    failure = error
             except HeadwaterError as error:
                 failure = error
             except BaseException as error:
@@ -431,8 +709,12 @@ class Coordinator:
                 if failure is not None:
                     self._fail(failure)
                 self._changed.notify_all()
-            if failure is None:
+            if failure is None and refusals is not None:
                 self._record(batch, refusals)
+
+    def _may_commit(self) -> bool:
+        is_free = not self._is_busy and not self._reserved and not self._is_held()
+        return is_free and self._is_ready and self._failure is None
 
     def _execute(self, batch: Sequence[Commit]) -> dict[int, HeadwaterError]:
         """Apply commits on every server, without the pushes that turn out bad. Returns why, by identity.
@@ -472,9 +754,17 @@ class Coordinator:
                     continue
             if self._gather(batch, refusals):
                 continue
-            self._ask(Flip(batch[-1].number, bool(specs)))
+            if self._keep is not None and self._keep.has_log:
+                self._ask(Persist(self._change(batch, refusals, plan)))
+            self._flip(batch[-1].number, swap=bool(specs))
             self._plan = plan
             return refusals
+
+    def _flip(self, commit: int, *, swap: bool) -> None:
+        """Let what is prepared be the state."""
+        flipped = self._ask(Flip(commit, swap))[0]
+        assert isinstance(flipped, Flipped)
+        self._commit, self._side = commit, flipped.side
 
     def _gather(self, batch: Sequence[Commit], refusals: dict[int, HeadwaterError]) -> bool:
         """Let the rows that the batch's pushes have staged count with the flip to come. Returns whether that refuses one more."""
@@ -512,22 +802,66 @@ class Coordinator:
         )
 
     def _record(self, batch: Sequence[Commit], refusals: dict[int, HeadwaterError]) -> None:
+        for identity, counted in self._counted(batch, refusals).items():
+            worker = self._workers[identity]
+            worker.pushes += 1
+            worker.staleness = max(counted.commit - 1 - worker.read, 0)
+            worker.staleness_max = max(worker.staleness_max, worker.staleness)
+            worker.read = batch[-1].number
+            if identity in refusals:
+                self._refuse(worker, refusals[identity])
+            worker.adopt(counted)
+            if not worker.live:
+                self._detach(identity)
+
+    def _counted(self, batch: Sequence[Commit], refusals: dict[int, HeadwaterError]) -> dict[int, Counted]:
+        """Return what these commits make of the workers whose clocks they close."""
         is_bsp = self._require_policy().consistency.kind == "bsp"
+        found = {}
         for commit in batch:
             for identity, sequence in commit.closes:
                 worker = self._workers[identity]
-                worker.answered = sequence
-                worker.commit = batch[-1].number
-                worker.clock = commit.number if is_bsp else worker.clock + 1
-                worker.pushes += 1
-                worker.accepted = sum(p.worker not in refusals for p in commit.pushes)
-                worker.staleness = max(commit.number - 1 - worker.read, 0)
-                worker.staleness_max = max(worker.staleness_max, worker.staleness)
-                worker.read = batch[-1].number
-                if identity in refusals:
-                    self._refuse(worker, refusals[identity])
-                if not worker.live:
-                    self._detach(identity)
+                for name, used in worker.used:
+                    self.leases[name].use(identity, used)
+                why = refusals.get(identity) or worker.refusal
+                found[identity] = Counted(
+                    worker.index, sequence, batch[-1].number,
+                    commit.number if is_bsp else worker.clock + 1,
+                    sum(p.worker not in refusals for p in commit.pushes),
+                    _as_text(why), worker.live,
+                )  # fmt: skip
+        return found
+
+    def _change(self, batch: Sequence[Commit], refusals: dict[int, HeadwaterError], plan: Plan) -> Change:
+        """Return what the book is told of these commits; of workers that have left since the last one, too."""
+        workers = self._counted(batch, refusals)
+        for identity in self._left:
+            worker = self._workers[identity]
+            workers[identity] = msgspec.structs.replace(workers.get(identity, worker.counted()), live=False)
+        self._left.clear()
+        assert self._plan is not None
+        is_split = plan.cells is not self._plan.cells
+        return self._next_change(
+            batch[-1].number, workers=workers, cohorts=plan.cohorts, cohort_of=plan.cells if is_split else None
+        )
+
+    def _next_change(self, commit: int, **changes: Any) -> Change:
+        """Return the next change of the book."""
+        self._serial += 1
+        leases = self._encoded_leases()
+        if leases != self._leases_written:
+            changes["leases"] = self._leases_written = leases
+        return Change(commit, self._serial, **changes)
+
+    def _encoded_leases(self) -> bytes:
+        return msgspec.msgpack.encode(self.leases) if self.leases else b""
+
+    def _keep_change(self, **changes: Any) -> None:
+        """Between two commits, write down what has changed besides; returns when it survives."""
+        if self._keep is not None and self._keep.has_log:
+            with self._unlocked(), self.alone() as ask_each:
+                change = self._next_change(self._commit, **changes)
+                ask_each(lambda _: Persist(change))
 
     def _refuse(self, worker: Worker, why: HeadwaterError) -> None:
         worker.refusal = why
@@ -535,17 +869,123 @@ class Coordinator:
         self._refused += 1
 
     def _ask(self, message: AnyMessage) -> list[AnyMessage]:
-        """Say something to every server, this process's last so that they work at the same time; answers in their order."""
-        for remote in self._remotes:
-            remote.send(message)
-        own = self._shard.handle(message)
-        answers = [own]
-        for remote in self._remotes:
-            answer = remote.receive().message
+        """Say something to every server; answers in their order."""
+        return self._ask_each(lambda _: message)
+
+    def _ask_each(self, message: Callable[[int], AnyMessage]) -> list[AnyMessage]:
+        """Say something to every server, the one in this process last so that they work at the same time; answers in their order.
+
+        Raises PeerLostError when one is lost, and any error that one answers, when all that are left have answered.
+        """
+        found: dict[int, AnyMessage] = {}
+        remotes = []
+        for i, server in enumerate(self._servers):
+            if server is None:
+                raise PeerLostError(f"Expected every server of the job to live, got the end of server {i}.")
+            if server.connection is not None:
+                remotes.append((i, server.connection))
+        sent = [
+            (i, connection)
+            for i, connection in remotes
+            if self._reach(i, connection, partial(connection.send, message(i)))
+        ]
+        if self._shard is not None:
+            try:
+                found[0] = self._shard.handle(message(0))
+            except HeadwaterError as error:
+                found[0] = Failed(type(error).__name__, str(error))
+        for i, connection in sent:
+            received = self._reach(i, connection, connection.receive)
+            if isinstance(received, Received):
+                found[i] = received.message
+        for answer in found.values():
             if isinstance(answer, Failed):
                 raise answer.exception()
-            answers.append(answer)
-        return answers
+        if len(found) < self._server_count:
+            lost = next(i for i in range(self._server_count) if i not in found)
+            raise PeerLostError(f"Expected every server of the job to live, got the end of server {lost}.")
+        return [found[i] for i in range(self._server_count)]
+
+    def _reach(self, i: int, connection: Connection, act: Callable[[], object]) -> object:
+        """Send to or receive from a server; None where that shows that it is lost."""
+        try:
+            return act() or True
+        except (PeerLostError, WaitTimeoutError):
+            self.lose_server(i, connection)
+            return None
+
+    @contextmanager
+    def alone(self) -> Iterator[AskEach]:
+        """Between two commits, keep the next one waiting and speak to the servers."""
+        with self._changed:
+            self._reserved += 1
+            try:
+                while self._is_busy:
+                    self._check_failure()
+                    self._changed.wait()
+                self._is_busy = True
+            finally:
+                self._reserved -= 1
+        try:
+            yield self._ask_each
+        finally:
+            with self._changed:
+                self._is_busy = False
+                self._drain()
+                self._changed.notify_all()
+
+    # Data.
+
+    def lease(self, identity: int, wanted: LeaseTake, tell: Tell) -> Leased:
+        """Lease a worker a piece of a dataset; None: there is none now or, where it would have waited for one, none to come.
+
+        Who waits is not waited for: what it waits for is that the others push, under BSP and SSP too.
+        """
+        with self._changed:
+            worker, policy = self._require(identity), self._require_policy()
+            leases = self._adopt_data(wanted.spec)
+            piece = leases.take(identity, wanted.had)
+            if piece is not None:
+                self._keep_change()
+            # With an optimizer on the workers nobody may miss a commit: such a worker ends its data instead of waiting.
+            may_wait = wanted.wait and (self._optimizer is None or self._optimizer.kind != "mean")
+            if piece is not None or not may_wait or not self._at_work(leases, worker):
+                return Leased(piece)
+            is_member = identity in policy.members
+            if is_member:
+                self._queue.extend(policy.pause(identity))
+            worker.is_idle = True
+            self._drain()
+            self._changed.notify_all()
+
+            def is_decided() -> bool:
+                nonlocal piece
+                self._require(identity)  # the dead get nothing
+                piece = leases.take(identity, wanted.had)
+                return piece is not None or not self._at_work(leases, worker)
+
+            try:
+                self._wait(is_decided, lambda: [str(w) for w in self._at_work(leases, worker)], tell)
+            finally:
+                worker.is_idle = False
+            if piece is not None:
+                self._keep_change()
+            return Leased(piece, self._join(worker) if is_member else None)
+
+    def _adopt_data(self, spec: DataSpec) -> Leases:
+        if spec.name not in self.leases and len(self.leases) >= _limits.DATASETS:
+            raise SettingError(f"Expected at most {_limits.DATASETS} leased datasets, got one more, {spec.name!r}.")
+        leases = self.leases.setdefault(spec.name, Leases(spec))
+        if leases.spec != spec:
+            raise SettingError(
+                f"Expected {leases.spec}, as the job's first worker has it, got {spec}: give every worker the same, or another name."
+            )
+        return leases
+
+    def _at_work(self, leases: Leases, but: Worker) -> list[Worker]:
+        """Return the others who hold data and do not wait themselves: what they do not use may come free."""
+        found = [self._workers[holder] for holder in leases.holders()]
+        return [worker for worker in found if worker is not but and not worker.is_idle]
 
     # Readers, figures, waiting.
 
@@ -556,8 +996,7 @@ class Coordinator:
             self._holder = (identity, time.monotonic() + _limits.HOLD_S)
             specs: tuple[TensorSpec, ...] = self._layout.specs if self._layout else ()
             steps = self._plan.steps() if self._plan else ()
-            tables = tuple(spec.name for spec in self._tables)
-            return Held(self._shard.commit, steps, specs, self._optimizer, tables)
+            return Held(self._commit, steps, specs, self._optimizer, tuple(self._tables))
 
     def resume(self, identity: int) -> None:
         """Let commits go on."""
@@ -588,6 +1027,7 @@ class Coordinator:
                 self.state.pop(key, None)
             else:
                 self.state[key] = value
+            self._keep_change(state=dict(self.state))
 
     def stats(self) -> Stats:
         """Return the job at a glance."""
@@ -610,7 +1050,7 @@ class Coordinator:
             size = self._layout.wire_bytes if self._layout else 0
             pushes = sum(w.pushes for w in self._workers.values())
             return Stats(
-                self._shard.commit, time.monotonic() - self._start_s, self._layout.parameters if self._layout else 0,
+                self._commit, time.monotonic() - self._start_s, self._layout.parameters if self._layout else 0,
                 pushes * size, pushes * size, self._refused, policy.consistency, self._server_count, tuple(rows),
             )  # fmt: skip
 
@@ -624,8 +1064,11 @@ class Coordinator:
         if is_ready():
             return
         start = last = time.monotonic()
+        generation = self._generation
         while not is_ready():
             self._check_failure()
+            if self._generation != generation:
+                raise PeerLostError("Expected every server of the job to live, got the end of one: ask again.")
             self._changed.wait(_limits.REPORT_WAIT_S)
             now = time.monotonic()
             if now - last >= _limits.REPORT_WAIT_S:
@@ -647,7 +1090,7 @@ class Coordinator:
         """Wait until every commit that is decided is carried out."""
         deadline = time.monotonic() + _limits.HOLD_S
         self._drain()
-        while self._is_busy or self._queue:
+        while self._is_busy or self._queue or not self._is_ready:
             self._check_failure()
             if not self._changed.wait(0.1) and time.monotonic() > deadline:
                 raise WaitTimeoutError(f"Expected a commit to end within {_limits.HOLD_S} s.")
@@ -685,6 +1128,10 @@ def _clip_factor(limit: float, answers: Sequence[AnyMessage]) -> float:
     if not math.isfinite(total):
         return 1.0  # a bad element: Prepare finds and names it
     return min(1.0, limit / (math.sqrt(total) + 1e-6))
+
+
+def _as_text(error: HeadwaterError | None) -> tuple[str, str] | None:
+    return None if error is None else (type(error).__name__, str(error))
 
 
 def _entry(identity: int, seal: Seal) -> PushEntry:

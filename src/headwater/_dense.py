@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -30,16 +31,23 @@ from headwater._messages import (
     Detach,
     Done,
     Flip,
+    Flipped,
     Normed,
     Norms,
     Prepare,
     Prepared,
 )
-from headwater._table import Tables
+from headwater._table import Note, Tables
 from headwater.optim import AnyOptimizer
 
 #: (runs, scalars, contributions, coefficients) as `_kernels.apply` takes them.
 _KernelCommit = tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray]
+
+
+class Keeper(Protocol):
+    """Answers what concerns the store; None: the shard has the answer."""
+
+    def handle(self, request: AnyMessage) -> AnyMessage | None: ...
 
 
 class _Worker:
@@ -71,13 +79,32 @@ class Foreseen:
         self.has_counted = False
 
 
+class Pinned(NamedTuple):
+    """A state that is set aside: no commit writes over it until `unpin`."""
+
+    commit: int
+    side: int
+    half: int
+    planes: dict[str, list[np.ndarray]]  # "master" and the slots, an array of the master dtype per slice
+
+
 class Shard:
     """The dense state of one server. It can be shared between threads; `lock` guards the sides."""
 
     def __init__(self, *, threads: int = 1, level: str = "auto") -> None:
         self.threads, self.level = threads, level
-        self.tables = Tables(threads=threads, level=level)
         self.lock = threading.Lock()
+        self.keeper: Keeper | None = None
+        self._begin(None)
+
+    def forget(self) -> None:
+        """Be as at the beginning, when nothing was assigned."""
+        with self.lock:
+            self._begin(self.tables.note)
+
+    def _begin(self, note: Note | None) -> None:
+        self.tables = Tables(threads=self.threads, level=self.level)
+        self.tables.note = note
         self.commit = 0
         self.side = 0  # the parameter buffer that is the state; a commit is made in another
         self._half = 0  # likewise of the two copies of everything else
@@ -88,11 +115,18 @@ class Shard:
         self._foreseen: Foreseen | None = None  # any request that changes what it rests on drops it
         self._standing: Foreseen | None = None  # what is prepared was foreseen
         self._runs: dict[tuple[int, bytes], np.ndarray] = {}  # by slice and cells
+        self._pinned: Pinned | None = None
+        self._specs: tuple[CommitSpec, ...] = ()  # what is prepared
+        self._sums: list[list[np.ndarray]] = []  # room for summed gradients, by commit and slice
 
     # What the coordinator says.
 
     def handle(self, request: AnyMessage) -> AnyMessage:
         """Carry out a request of the coordinator and return the answer."""
+        if self.keeper is not None:
+            answer = self.keeper.handle(request)
+            if answer is not None:
+                return answer
         with self.lock:
             answer = self.tables.handle(request)
             if answer is not None:
@@ -127,6 +161,7 @@ class Shard:
     def _prepare(self, request: Prepare) -> Prepared:
         foreseen, self._foreseen = self._foreseen, None
         self._prepared, self._standing = False, None
+        self._specs = request.commits
         self._target = self._free_side()
         for number, spec in enumerate(request.commits):
             missing = self._missing_push(spec)
@@ -157,7 +192,7 @@ class Shard:
         """Apply commits to slice i, or to some of its blocks, beside the state; returns what `_kernels.apply` does."""
         s = self.part.slices[i]
         source = self._kernel_planes(i, s, self.side, self._half)
-        target = self._kernel_planes(i, s, self._target, 1 - self._half)
+        target = self._kernel_planes(i, s, self._target, self._free_half())
         return _kernels.apply(
             self.optimizer.kind, self.optimizer.flags, s.lane.dtype, source, target, commits,
             threads=self.threads, level=self.level, blocks=blocks, sums=sums,
@@ -176,21 +211,114 @@ class Shard:
             )
         return Normed(np.concatenate(sums).tobytes() if sums else b"")
 
-    def _flip(self, request: Flip) -> Done:
+    def _flip(self, request: Flip) -> Flipped:
         if request.swap:
             if not self._prepared:
                 raise InternalError("Expected a prepared commit before a flip, got none.")
-            self.side, self._half = self._target, 1 - self._half
+            self.side, self._half = self._target, self._free_half()
             if self._standing is not None:
                 self._standing.has_counted = True
             self._prepared = False
-        self.commit = request.commit
-        return Done()
+        self.commit, self._specs = request.commit, ()
+        return Flipped(self.side)
 
     def _free_side(self) -> int:
         """Return a parameter buffer that is not the state and that nobody reads; under BSP workers have pushed before it is theirs."""
         taken = {self.side} | {worker.side for worker in self._workers.values()}
+        if self._pinned is not None:
+            taken.add(self._pinned.side)
+        while all(i in taken for i in range(len(self._wires))):
+            self._wires.append(SharedBuffer(self.part.wire_bytes, "parameters"))
         return next(i for i in range(len(self._wires)) if i not in taken)
+
+    def _free_half(self) -> int:
+        """Likewise for what stays on the server."""
+        taken = {self._half} if self._pinned is None else {self._half, self._pinned.half}
+        if len(self._hidden) == len(taken):
+            self._hidden.append([self._new_planes(s) for s in self.part.slices])
+        return next(i for i in range(len(self._hidden)) if i not in taken)
+
+    # What is kept in the store.
+
+    def master_planes(self) -> dict[str, list[np.ndarray]]:
+        """Return the state's own memory: "master" and the slots, an array of the master dtype per slice."""
+        with self.lock:
+            planes = [self._planes(i, s) for i, s in enumerate(self.part.slices)]
+            return {name: [p[name] for p in planes] for name in ("master", *self.optimizer.slots)}
+
+    def loaded(self, commit: int) -> None:
+        """The master planes were written from outside: let the parameters be as they say."""
+        with self.lock:
+            self.commit = commit
+            self._convert_masters(self.side, self._half)
+
+    def _convert_masters(self, side: int, half: int) -> None:
+        for i, s in enumerate(self.part.slices):
+            if s.lane.dtype != s.lane.master:
+                _kernels.convert(self._wire(side, s), s.lane.dtype, self._hidden[half][i]["master"], s.lane.master)
+
+    def pin(self) -> Pinned:
+        """Set the state aside: commits go on beside it."""
+        planes = self.master_planes() if self.layout is not None else {}
+        with self.lock:
+            self._pinned = Pinned(self.commit, self.side, self._half, planes)
+            return self._pinned
+
+    def unpin(self) -> None:
+        """Let commits write over what was set aside. The third copy of what stays here is given up."""
+        with self.lock:
+            self._pinned = None
+
+    def prepared_sums(self) -> tuple[tuple[CommitSpec, ...], list[np.ndarray]]:
+        """Return what is prepared and, by commit and slice, the summed gradient in the master dtype, valid until the next call."""
+        with self.lock:
+            specs = self._specs
+            while len(self._sums) < len(specs):
+                self._sums.append([np.empty(s.elements, s.lane.master) for s in self.part.slices])
+            for spec, sums in zip(specs, self._sums, strict=False):
+                for i, s in enumerate(self.part.slices):
+                    table, _, contributions, coefficients = self._kernel_commit(spec, i, s)
+                    _kernels.aggregate(
+                        s.lane.dtype,
+                        table,
+                        contributions,
+                        coefficients,
+                        sums[i],
+                        threads=self.threads,
+                        level=self.level,
+                    )
+            return specs, [array for sums in self._sums[: len(specs)] for array in sums]
+
+    def replay(
+        self, commit: int, specs: Sequence[tuple[bytes, tuple[tuple[float, ...], ...]]], blobs: list[np.ndarray]
+    ) -> list[np.ndarray]:
+        """Apply commits again whose summed gradients are the first of these arrays, uint8; returns the others.
+
+        specs: of each commit its cells and the scalars of each cell. The same bits as when they were made.
+        """
+        with self.lock:
+            slices = self.part.slices if specs else []
+            if slices:
+                self._target, half = self._free_side(), self._free_half()
+                for i, s in enumerate(slices):
+                    commits = []
+                    for k, (cells, rows) in enumerate(specs):
+                        table = runs(s, np.frombuffer(cells, np.int32))
+                        gradient = blobs[k * len(slices) + i]
+                        commits.append((table, np.array(rows, ndmin=2), [gradient], np.ones((len(table), 1))))
+                    first = 1 if s.lane.dtype != s.lane.master else 0
+                    _kernels.apply(
+                        self.optimizer.kind, self.optimizer.flags, s.lane.master,
+                        self._kernel_planes(i, s, self.side, self._half)[first:],
+                        self._kernel_planes(i, s, self._target, half)[first:],
+                        commits, threads=self.threads, level=self.level, check=False,
+                    )  # fmt: skip
+                self._convert_masters(self._target, half)
+                self.side, self._half = self._target, half
+            self.commit = commit
+            return blobs[len(specs) * len(slices) :]
+
+    # Planes.
 
     def _new_planes(self, s: Slice) -> _Planes:
         """Make what stays on the server: a master copy where the wire dtype is narrower, and the optimizer's slots."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
 import numpy as np
 
 from headwater import _kernels
 from headwater._consistency import Consistency
 from headwater._errors import ProtocolError
 from headwater._layout import Layout, Part
-from headwater._memory import stack_buffers, zeroed
+from headwater._memory import remap_buffers, stack_buffers, zeroed
 from headwater._messages import Attach, Attached, Committed, Done, Pull, Pulled, Push, Put, Seal, Sides
 from headwater._peers import Peers
 from headwater._transport import Connection, request
@@ -33,30 +34,64 @@ class DenseLink:
         self._peers, self._layout = peers, layout
         self._links: list[_Link] = []
         self._shared: list[_kernels.Arena] = []  # sets of parameters that the servers share
+        self._places: dict[int, int] = {}  # of those whose place here is not the servers' own
+        self._known = 0  # how many of them are those of the servers as they are now
         attached = self._attach()
         self._sizes = [link.part.wire_bytes for link in self._links]
         if attached:
             gradients, *sides = attached
-            arena = stack_buffers(list(gradients), self._sizes, private=False).array[: layout.wire_bytes]
+            self._pushes = stack_buffers(list(gradients), self._sizes, private=False)
+            arena = self._pushes.array[: layout.wire_bytes]
             # The servers' own memory is read privately, so that a stray write harms nobody.
             self._is_private = len(sides) > 1
             self.sides: list[dict[str, np.ndarray]] = []  #: sets of parameter views, of which one is current
             self._add_sides(sides)
         else:
-            arena = zeroed(layout.wire_bytes)
-            parameters = zeroed(layout.wire_bytes)
+            arena, parameters = zeroed(layout.wire_bytes), zeroed(layout.wire_bytes)
             self._is_private = False
             self.sides = [layout.views(parameters)]
-            for link in self._links:
-                link.pushed, link.pulled = memoryview(arena[link.byte]), memoryview(parameters[link.byte])
+            self._travelling = arena, parameters
+            self._use_travelling()
         self.gradients = layout.views(arena)  #: views of the push buffer
         self.side = 0  #: which side is current
-        # Push, seal and pull go to the same server on one connection: one message each way does.
-        self._is_direct = len(self._links) == 1 and self._links[0].connection is peers.control
         self.reads_in_place = self._is_private
         self._is_led = (
             self.reads_in_place and consistency.kind == "bsp"
         )  # each commit tells all workers which side to read
+
+    @property
+    def _is_direct(self) -> bool:
+        """Push, seal and pull go to the same server on one connection: one message each way does."""
+        return len(self._links) == 1 and self._links[0].connection is self._peers.control
+
+    def _use_travelling(self) -> None:
+        for link in self._links:
+            link.pushed, link.pulled = (memoryview(arena[link.byte]) for arena in self._travelling)
+
+    def attach_again(self, side: int) -> None:
+        """Connect to servers that were started again. side: which is the state, where every commit tells it.
+
+        What stands in the push buffer stays, all views stay valid, and those of the current side show the servers' state.
+        """
+        self._links.clear()
+        attached = self._attach()
+        if not attached:
+            self._use_travelling()
+            return
+        gradients, *sides = attached
+        saved = self._pushes.array.copy()
+        remap_buffers(self._pushes, list(gradients), self._sizes)
+        self._pushes.array[:] = saved
+        if self.reads_in_place and not self._is_led:
+            (link,) = self._links
+            link.connection.send(Pull(own=True))
+            side = self._peers.receive(link.connection, Pulled)[0].side
+        self._known, self._places = 0, {side: self.side, self.side: side}
+        self._add_sides(sides)
+        if self.reads_in_place:
+            self.turn(side)
+        else:
+            self.pull()
 
     def _attach(self) -> list[tuple[int, ...]]:
         """Make every server ready; returns descriptors, by buffer and server: the push buffer, then the parameters. None over TCP."""
@@ -77,14 +112,21 @@ class DenseLink:
 
     def _add_sides(self, sides: list[tuple[int, ...]]) -> None:
         for fds in sides:
+            place = self._places.get(self._known, self._known)
+            self._known += 1
+            if place < len(self._shared):
+                remap_buffers(self._shared[place], list(fds), self._sizes)
+                continue
             arena = stack_buffers(list(fds), self._sizes, private=self._is_private)
             self._shared.append(arena)
             self.sides.append(self._layout.views(arena.array[: self._layout.wire_bytes]))
 
     def begin(self, side: int) -> None:
         """Read the parameters for the first time; side: which is the state, where every commit tells it."""
-        self.side = side if self._is_led else 0
-        self.pull()
+        if self._is_led:
+            self.turn(side)
+        else:
+            self.pull()
 
     def send(self, seal: Seal, *, pull: bool) -> None:
         """Push what stands in the push buffer and seal it; `answer` is to be called next. pull: it also brings the new parameters."""
@@ -94,7 +136,7 @@ class DenseLink:
             send = (
                 link.connection.hold if wanted == "sent" else link.connection.send
             )  # then `answer` sends it while it reads
-            send(Seal(seal.sequence, seal.weight, seal.scalars, seal.absent, pushes=True, pull=wanted), link.pushed)
+            send(msgspec.structs.replace(seal, pushes=True, pull=wanted), link.pushed)
             return
         for link in self._links:
             link.connection.send(Push(seal.sequence), link.pushed)
@@ -115,7 +157,7 @@ class DenseLink:
     def pull(self) -> None:
         """Bring the parameters up to date."""
         if self._is_led:
-            self.turn(self.side)
+            self._shared[self.side].discard_private()
             return
         for link in self._links:
             link.connection.send(Pull(own=link.shares))
@@ -126,18 +168,18 @@ class DenseLink:
         """Turn to the side that is now the state; what this process wrote there by mistake is undone."""
         if not self.reads_in_place:
             return
-        while side >= len(self._shared):
+        while side >= self._known:
             self._map_more()
-        self._shared[side].discard_private()
-        self.side = side
+        self.side = self._places.get(side, side)
+        self._shared[self.side].discard_private()
 
     def _map_more(self) -> None:
         """Map parameter buffers that the servers have made since."""
         for link in self._links:
-            link.connection.send(Sides(len(self._shared)))
+            link.connection.send(Sides(self._known))
         passed = [self._peers.receive(link.connection, Attached)[1] for link in self._links]
         if not passed[0]:
-            raise ProtocolError(f"Expected a buffer beside {len(self._shared)}, got none.")
+            raise ProtocolError(f"Expected a buffer beside {self._known}, got none.")
         self._add_sides(list(zip(*passed, strict=True)))
 
     def put(self, plane: str, arrays: Mapping[str, np.ndarray]) -> None:

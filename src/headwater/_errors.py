@@ -101,3 +101,17 @@ def _tree(root: type[HeadwaterError]) -> dict[str, type[HeadwaterError]]:
 
 #: Class by name: how an error that was sent over the wire becomes the same error here.
 BY_NAME = _tree(HeadwaterError)
+
+
+def warn(text: str) -> None:
+    """Say something to people."""
+    import logging  # here, so that start-up does not pay for it
+
+    logging.getLogger("headwater").warning(text)
+
+
+def debug(text: str) -> None:
+    """Say something to those who look for it."""
+    import logging
+
+    logging.getLogger("headwater").info(text)

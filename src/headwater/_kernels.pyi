@@ -36,6 +36,7 @@ def apply(
     level: str,
     blocks: tuple[int, int] | None = None,
     sums: Buffer | None = None,
+    check: bool = True,
 ) -> tuple[int, int, int] | None:
     """Apply commits in order, in one pass over memory: the state in `source` before them, in `target` after them.
 
@@ -43,6 +44,7 @@ def apply(
         buffer. The gradient of a run is Σ coefficient·contribution in the master dtype, from the left to the right.
     level: one of simd_levels(), or "auto" for the best. blocks: [first, limit), the only blocks to read and write; None: all.
     sums: float64, one per block: gets what `square_sums` returns for the only commit, at hardly any cost beside the pass.
+    check: False takes NaN and infinity as they are; so does a replay of what `aggregate` gave, which may have overflowed.
 
     Returns None; or, when a contribution that counts holds NaN or infinity, the lowest (commit, contribution, element):
     then `target` is garbage; with `blocks` it may be an element of another block. `source` is never written. Raises ValueError for
@@ -61,6 +63,25 @@ def square_sums(
     """Return the sum of squares of the aggregated gradient of each block, over runs with a row of 0 or more.
 
     The same at every level and thread count. Not finite when a contribution is not finite.
+    """
+
+def aggregate(
+    wire: str,
+    runs: Buffer,
+    contributions: Sequence[Buffer],
+    coefficients: Buffer,
+    out: Buffer,
+    *,
+    threads: int,
+    level: str,
+) -> None:
+    """Write the aggregated gradient to `out`, of the master dtype, all elements: zero where the row is -1 or nobody contributes.
+
+    What `apply` computes on its way, to the bit, at every level and thread count. So the commit can be replayed:
+    `apply(…, master dtype, [master, slots…], …, [(runs, scalars, [out], ones)], check=False)` gives the same master and slots
+    as the commit itself; and a bfloat16 or float16 wire copy is `convert` of that master, but where the row is -1, which
+    neither touches. Contributions are not checked: one that is not finite gives an `out` that is not.
+    Raises ValueError for arguments that do not fit; nothing is written.
     """
 
 def copy(target: Buffer, source: Buffer, *, threads: int = 1) -> None:
@@ -85,6 +106,15 @@ class Arena:
     @property
     def array(self) -> npt.NDArray[np.uint8]:
         """The whole range, writable."""
+
+    def remap(self, fds: Sequence[int], sizes: Sequence[int]) -> None:
+        """Map other files at the same addresses: arrays made of the arena stay valid and show them. Shared or private, as it was.
+
+        As many files as before and as many bytes together; the caller still closes the descriptors. What was written to a private
+        mapping is dropped, and the next write is noted anew. Other threads may read meanwhile: they see old or new bytes.
+        Raises ValueError for files or sizes that do not fit, OSError when mapping fails. Then the old files show, as before;
+        only when the system runs out of memory in the midst of it, new files first and old ones after.
+        """
 
     def discard_private(self) -> bool:
         """Drop what was written to a private mapping; the files' content shows again. Returns whether there was anything.
@@ -240,11 +270,15 @@ class Table:
         """Return (ids, rows, counts, last seen, next cursor) of up to `limit` rows from `cursor` on; begin with 0, -1 is the end.
 
         rows: float32 (k, dim + slots), value then state. Spilled rows are read, and stay where they are; expired ones are
-        left out. A row comes exactly once when nothing changes the table in between.
+        left out. A row comes exactly once when nothing changes the table in between; while it changes, `changes` is the way.
         """
 
     def put(self, ids: Buffer, rows: Buffer, counts: Buffer, last_seen: Buffer, *, step: int, now: float) -> None:
-        """Write whole rows as export gives them: ids distinct, no admission, no optimizer; the budget holds. Errors as with push."""
+        """Write whole rows as export gives them: ids distinct, no admission, no optimizer; the budget holds. Errors as with
+        push; but with spilling any number of rows will do, and after an OSError some of them may be written.
+
+        Counts are those of `step`, which rows that lie here are brought up to first.
+        """
 
     def track(self, consumer: str) -> None:
         """Begin a delta stream by this name, at most 6 at once; again by the same name: it starts over."""
@@ -254,12 +288,34 @@ class Table:
 
     def changes(
         self, consumer: str, limit: int = 1 << 62
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int64], bool, bool]:
-        """Return (written ids, rows, deleted ids, restart, more) since the consumer last asked, at most about `limit` rows.
+    ) -> tuple[
+        npt.NDArray[np.int64],
+        npt.NDArray[np.float32],
+        npt.NDArray[np.float32],
+        npt.NDArray[np.int64],
+        npt.NDArray[np.int64],
+        int,
+        bool,
+        bool,
+    ]:
+        """Return (written ids, rows, counts, last seen, deleted ids, step, restart, more) since the consumer last asked.
 
-        rows: float32 (k, dim + slots) as they are now. To follow: with `restart` (the first time, and when more rows were
-        deleted than the bounded log holds) drop everything; then drop `deleted`, then write `rows`; ask again while `more`.
-        A replica that has followed until `more` is False equals the table. ValueError for a name that is not tracked.
+        Up to about `limit` rows, each once, as they are now: rows, counts and last seen as `export` gives them; step: the
+        table's, which the counts are up to date with. The first time all rows are new. To follow: with `restart` drop everything;
+        then drop `deleted`, then write `rows`; ask again while `more`, others may use the table meanwhile. Whoever has followed
+        until `more` is False equals the table as it was in that call. A touching pull is not a change.
+
+        So a snapshot is `track`, all answers until `more` is False, `untrack`. A table with the same settings, to which each answer
+        in turn is brought by `delete(deleted)` and `put(…, step=max(step, 1), now=…)`, has the same ids, values, state and counts
+        to the bit, whatever was pushed, put, deleted, evicted, expired, spilled or loaded meanwhile; nothing is evicted on the
+        way. Last seen is at least that of the last change: a row that only touching pulls since have kept from expiring may
+        be missing. Sightings of ids without a row are not part of it.
+
+        restart: the first time; after an error; and when the log of deleted ids has lost some that the consumer has not read:
+        drop all answers so far, and go on. Each bucket's log keeps the latest: without a budget at least 512 ids and a sixteenth
+        of the bucket's rows, with one about budget_bytes/1024 over all buckets. So it does not happen while fewer are deleted between
+        two calls, for every call reads the log of every bucket, whatever its limit.
+        Raises ValueError for a name that is not tracked, OSError when a spilled row cannot be read.
         """
 
     def stats(self) -> dict[str, int]:

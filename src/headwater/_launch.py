@@ -1,4 +1,4 @@
-"""Where processes run: this machine. Starts servers and workers, watches them, and stops them all, whatever happens.
+"""Where processes run: this machine. Starts servers and workers, watches them, starts workers again, and stops them all.
 
 Nothing outlives it: servers end when the pipe on their standard input closes, which the death of this process does too, and a
 worker's session ends with its server.
@@ -23,8 +23,10 @@ from typing import IO
 
 from headwater._errors import HeadwaterError, HostError, PeerLostError
 from headwater._session import Session, connect_session
+from headwater.durability import Durability
 
 START_S = 30.0  # a server must say where it listens by then
+RESTARTS = 3
 SETTLE_S = 2.0  # for a server that does not answer to be seen as ended
 INTERRUPT_S = 5.0  # then SIGTERM
 TERMINATE_S = 3.0  # then SIGKILL
@@ -34,6 +36,8 @@ class LocalJob:
     """A job of processes on this machine. A context manager; leaving it ends every process.
 
     command: what each worker runs. outputs: a folder for one log per worker; None: they write to this process's terminal.
+    restarts: how often processes that have died are started again, all together. durability: what the job survives; store: the folder
+    it is kept in, None: one that ends with the job. resumes: go on from what the store holds.
     """
 
     def __init__(
@@ -45,14 +49,26 @@ class LocalJob:
         consistency: str | None = None,
         transport: str = "auto",
         outputs: Path | None = None,
+        restarts: int = RESTARTS,
+        durability: Durability | None = None,
+        store: str | None = None,
+        resumes: bool = False,
     ) -> None:
         self.command, self.worker_count, self.server_count = list(command), workers, servers
         self.consistency, self.transport, self.outputs = consistency, transport, outputs
         self.token = secrets.token_hex(16)
+        self.restarts, self.restarted = restarts, 0
         self.address = ""
+        self.durability, self.store, self._resumes = durability, store, resumes
+        self._addresses: dict[int, str] = {}  # of servers that have said where they listen
+        self._begun = [0] * workers  # by index: processes that were in a commit, those that have ended
         self.servers: list[subprocess.Popen[bytes]] = []
         self.workers: list[subprocess.Popen[bytes]] = []
         self._folder = tempfile.mkdtemp(prefix=f"headwater-{os.geteuid()}-{os.getpid()}-")
+        self._kept = store or ""
+        if durability is not None and store is None:  # a server's death is survived, this process's is not
+            folder = "/var/tmp" if os.access("/var/tmp", os.W_OK) else None  # on a disk, where /tmp may be memory
+            self._kept = tempfile.mkdtemp(prefix=f"headwater-store-{os.geteuid()}-{os.getpid()}-", dir=folder)
         self._ended: queue.Queue[tuple[str, int, int]] = queue.Queue()
         self._session: Session | None = None
 
@@ -72,7 +88,12 @@ class LocalJob:
         self.close()
 
     def _start_server(self, i: int) -> None:
+        """Start server i; again, where it has died, and then at the same address."""
         listen = "tcp://127.0.0.1:0" if self.transport == "tcp" else f"unix://{self._folder}/{i}"
+        listen = self._addresses.get(i, listen)
+        for dead in self.servers[i : i + 1]:
+            _close_pipes(dead)
+            Path(self._folder, str(i)).unlink(missing_ok=True)
         command = [sys.executable, "-P", "-m", "headwater", "server", "--listen", listen, "--stop-with-input"]
         command += ["--threads", str(max(1, _cores() // self.server_count))]
         if i == 0:
@@ -80,6 +101,9 @@ class LocalJob:
             command += ["--consistency", self.consistency] if self.consistency else []
         else:
             command += ["--join", self.address]
+        if self.durability is not None:
+            command += ["--durability", str(self.durability), "--store", self._kept, "--index", str(i)]
+            command += ["--resume"] if self._resumes or i in self._addresses else []
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -87,26 +111,28 @@ class LocalJob:
             env=os.environ | {"HEADWATER_TOKEN": self.token},
             start_new_session=True,
         )
-        self.servers.append(process)
-        address = _read_address(process)
-        if i == 0:
-            self.address = address
+        self.servers[i : i + 1] = [process]
+        self._addresses[i] = _read_address(process)
+        self.address = self._addresses[0]
         self._watch("server", i, process)
 
     def _start_worker(self, i: int) -> None:
+        """Start worker i; again, where it has died: nobody waits for it to join."""
         environment = os.environ | {
             "HEADWATER_ADDRESS": self.address,
             "HEADWATER_TOKEN": self.token,
             "HEADWATER_WORKER": str(i),
             "HEADWATER_WORKERS": str(self.worker_count),
             "HEADWATER_TRANSPORT": self.transport,
+            "HEADWATER_LAUNCHER": str(os.getpid()),
             "PYTHONUNBUFFERED": "1",
         }
         environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // self.worker_count)))
         with contextlib.ExitStack() as stack:
             output: IO[bytes] | None = None
             if self.outputs is not None:
-                output = stack.enter_context((self.outputs / f"worker-{i}.log").open("wb"))
+                mode = "ab" if i < len(self.workers) else "wb"
+                output = stack.enter_context((self.outputs / f"worker-{i}.log").open(mode))
             process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.DEVNULL,
@@ -115,7 +141,7 @@ class LocalJob:
                 env=environment,
                 start_new_session=True,  # Ctrl+C is for the launcher, which saves first
             )
-        self.workers.append(process)
+        self.workers[i : i + 1] = [process]
         self._watch("worker", i, process)
 
     def _watch(self, kind: str, i: int, process: subprocess.Popen[bytes]) -> None:
@@ -131,10 +157,9 @@ class LocalJob:
         return self._session
 
     def wait(self, tick: Callable[[], None] | None = None, tick_s: float = 0.25) -> int:
-        """Wait until the last worker has ended; returns the job's exit status.
+        """Wait until the last worker has ended; returns the job's exit status. `tick` is called every tick_s.
 
-        0: every worker ended well. A worker that fails before it is in a commit ends the job at once with its status; later
-        the others go on, and the job ends with the first bad status. `tick` is called every tick_s.
+        0: every worker ended well, in the end. Else the first bad status of what was not started again.
         """
         status, running = 0, len(self.workers)
         while running:
@@ -144,21 +169,47 @@ class LocalJob:
                 if tick is not None:
                     tick()
                 continue
-            if kind == "worker" and code == 0:
-                running -= 1
-                continue
-            has_begun = kind == "worker" and self._has_begun(i)
-            is_servers_end = kind == "server" or has_begun is None
-            server = self._find_ended_server(SETTLE_S if is_servers_end else SETTLE_S / 2)
-            if server is not None:  # which explains the worker's end, too
-                _say(f"server {server} ended {_describe(self.servers[server].returncode)}; the job cannot go on.")
-                return status or 1
-            running, status = running - 1, status or (code if code > 0 else 128 - code)
-            if not has_begun:
-                _say(f"worker {i} ended {_describe(code)} before its first commit; the job ends.")
-                return status
-            _say(f"worker {i} ended {_describe(code)}; the others go on.")
+            match self._decide(kind, i, code):
+                case "start again":
+                    self.restarted += 1
+                    (self._start_worker if kind == "worker" else self._start_server)(i)
+                case "go on":
+                    running, status = running - 1, status or _status(code)
+                case "end":
+                    return status or (1 if kind == "server" else _status(code))
         return status
+
+    def _decide(self, kind: str, i: int, code: int) -> str:
+        """Say what follows from the end of a process: "start again", "go on" without it, or "end" the job.
+
+        A worker that fails before its index was in a commit ends the job: it would fail again. So would one that was started again
+        and fails by itself, not by a signal, before it was in one; the others go on without it.
+        """
+        if kind == "worker" and code == 0:
+            return "go on"
+        if kind == "server" and self.durability is not None and self.restarted < self.restarts:
+            restart = f"restart {self.restarted + 1} of {self.restarts}"
+            _say(f"server {i} ended {_describe(code)}; it is started again, {restart}.")
+            return "start again"
+        begun = self._count_begun(i) if kind == "worker" else None
+        patience_s = SETTLE_S if begun is None else SETTLE_S / 2 if code > 0 else 0.0  # no server's end sends a signal
+        server = self._find_ended_server(patience_s) if self.durability is None or kind == "server" else None
+        if server is not None:  # which explains the worker's end, too
+            _say(f"server {server} ended {_describe(self.servers[server].returncode)}; the job cannot go on.")
+            return "end"
+        end = f"{kind} {i} ended {_describe(code)}"
+        if not begun:
+            _say(f"{end} before its first commit; the job ends.")
+            return "end"
+        has_begun, self._begun[i] = begun > self._begun[i], begun
+        if not has_begun and 0 < code < 128:
+            _say(f"{end} before its first commit; the others go on.")
+            return "go on"
+        if self.restarted >= self.restarts:
+            _say(f"{end}; the others go on.")
+            return "go on"
+        _say(f"{end}; it is started again, restart {self.restarted + 1} of {self.restarts}.")
+        return "start again"
 
     def _find_ended_server(self, patience_s: float) -> int | None:
         """Return a server that has ended, or does so in the next moments; the one that did not end well, for the others follow it."""
@@ -172,14 +223,14 @@ class LocalJob:
                 return next((i for i, code in enumerate(codes) if code is not None), None)
             time.sleep(0.01)
 
-    def _has_begun(self, i: int) -> bool | None:
-        """Whether a worker has pushed, whatever the others have done without it in the meantime; None: no server says."""
+    def _count_begun(self, i: int) -> int | None:
+        """How many processes of a worker have pushed, whatever the others have done in the meantime; None: no server says."""
         try:
-            return any(worker.pushes for worker in self.observer().stats().workers if worker.index == i)
+            return sum(worker.pushes > 0 for worker in self.observer().stats().workers if worker.index == i)
         except PeerLostError:
             return None
         except HeadwaterError:
-            return False
+            return 0
 
     def close(self) -> None:
         """End every process: workers first, then servers. Twice is fine."""
@@ -187,14 +238,11 @@ class LocalJob:
             self._session.close()
         _stop(self.workers, signal.SIGINT)
         for server in self.servers:
-            if server.stdin is not None:
-                with contextlib.suppress(OSError):
-                    server.stdin.close()
+            _close_pipes(server)
         _stop(self.servers, signal.SIGTERM)
-        for server in self.servers:
-            if server.stdout is not None:
-                server.stdout.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+        if self.store is None and self._kept:
+            shutil.rmtree(self._kept, ignore_errors=True)
 
 
 def run_job(job: LocalJob, *, save: Path | None = None) -> int:
@@ -207,7 +255,19 @@ def run_job(job: LocalJob, *, save: Path | None = None) -> int:
             status = 130
         if save is not None:
             save_job(job, save)
+        if job.store is not None:
+            keep_job(job)
     return status
+
+
+def keep_job(job: LocalJob) -> None:
+    """Take a last snapshot, so that the store holds what was learnt."""
+    try:
+        taken = job.observer().take_snapshot()
+    except HeadwaterError as error:
+        _say(f"no last snapshot: {error}")
+    else:
+        _say(f"kept in {taken}; --resume goes on from there")
 
 
 def save_job(job: LocalJob, path: Path) -> bool:
@@ -254,6 +314,14 @@ def _read_address(process: subprocess.Popen[bytes]) -> str:
     return address
 
 
+def _close_pipes(server: subprocess.Popen[bytes]) -> None:
+    """Which ends it, if it still lives."""
+    for pipe in (server.stdin, server.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
 def _stop(processes: Sequence[subprocess.Popen[bytes]], first: int) -> None:
     for number, patience_s in (
         (first, INTERRUPT_S),
@@ -271,6 +339,11 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]], first: int) -> None:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
+
+
+def _status(code: int) -> int:
+    """Return the exit status that a shell would give."""
+    return code if code >= 0 else 128 - code
 
 
 def _describe(code: int) -> str:

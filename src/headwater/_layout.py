@@ -120,9 +120,14 @@ class Layout:
             found[spec.name] = raw.view("uint16" if spec.dtype == "bfloat16" else spec.dtype).reshape(spec.shape)
         return found
 
-    def empty_master(self) -> dict[str, np.ndarray]:
-        """Return an array of zeros per tensor, in its master dtype."""
-        return {spec.name: np.zeros(spec.shape, DTYPES[spec.dtype][1]) for spec in self.specs}
+    def master_views(self, lanes: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """Return an array per tensor over a whole master plane, a flat array per lane."""
+        flat = dict(zip((lane.dtype for lane in self.lanes), lanes, strict=True))
+        found = {}
+        for i, spec in enumerate(self.specs):
+            lane, at = self.places[i]
+            found[spec.name] = flat[lane.dtype][at : at + spec.size].reshape(spec.shape)
+        return found
 
     def part(self, index: int, count: int) -> Part:
         """Return what server `index` of `count` owns."""
@@ -133,7 +138,7 @@ class Part:
     """One server's share of the arena: a byte range of the wire arena, an element range of each lane."""
 
     def __init__(self, layout: Layout, index: int, count: int) -> None:
-        self._specs = layout.specs
+        self._specs, self._lanes = layout.specs, layout.lanes
         total = sum(lane.blocks for lane in layout.lanes)
         first, limit = total * index // count, total * (index + 1) // count
         self.slices: list[Slice] = []
@@ -152,16 +157,23 @@ class Part:
         self.start_byte = max(self.start_byte, 0)
         self.wire_bytes = max(self.stop_byte, 0) - self.start_byte if self.slices else 0
 
+    def new_plane(self) -> list[np.ndarray]:
+        """Return zeros for a master plane: a flat array per slice."""
+        return [np.zeros(s.elements, s.lane.master) for s in self.slices]
+
     @property
     def master_bytes(self) -> int:
         """Size of this part of a master plane: the slices one after another, without gaps between them."""
         return sum(s.elements * np.dtype(s.lane.master).itemsize for s in self.slices)
 
-    def scatter(self, raw: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
-        """Copy this part of a master plane, uint8, into whole arrays by name."""
-        for name, start, at, count in self._pieces():
-            flat = arrays[name].reshape(-1)
-            flat[start : start + count] = raw[at : at + count * flat.itemsize].view(flat.dtype)
+    def spread(self, raw: np.ndarray, lanes: Sequence[np.ndarray]) -> None:
+        """Copy this part of a master plane, uint8, into the whole one, a flat array per lane."""
+        flat = dict(zip((lane.dtype for lane in self._lanes), lanes, strict=True))
+        at = 0
+        for s in self.slices:
+            target = flat[s.lane.dtype][s.start : s.stop].view(np.uint8)
+            target[:] = raw[at : at + target.nbytes]
+            at += target.nbytes
 
     def gather(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return this part of a master plane, uint8, from whole arrays by name."""
@@ -171,17 +183,22 @@ class Part:
             raw[at : at + count * flat.itemsize] = flat[start : start + count].view(np.uint8)
         return raw
 
+    def pieces(self, s: Slice) -> Iterator[tuple[TensorSpec, int, int, int]]:
+        """Yield (tensor, its first element here, where that lies in the slice, elements)."""
+        for t, offset in zip(s.lane.tensors, s.lane.offsets, strict=True):
+            spec = self._specs[t]
+            start, stop = max(offset, s.start), min(offset + spec.size, s.stop)
+            if start < stop:
+                yield spec, start - offset, start - s.start, stop - start
+
     def _pieces(self) -> Iterator[tuple[str, int, int, int]]:
         """Yield (tensor, its first element here, where that lies in this part in bytes, elements)."""
-        at = 0
+        base = 0
         for s in self.slices:
             item = np.dtype(s.lane.master).itemsize
-            for t, offset in zip(s.lane.tensors, s.lane.offsets, strict=True):
-                spec = self._specs[t]
-                start, stop = max(offset, s.start), min(offset + spec.size, s.stop)
-                if start < stop:
-                    yield spec.name, start - offset, at + (start - s.start) * item, stop - start
-            at += s.elements * item
+            for spec, start, at, count in self.pieces(s):
+                yield spec.name, start, base + at * item, count
+            base += s.elements * item
 
 
 def runs(s: Slice, cells: np.ndarray) -> np.ndarray:

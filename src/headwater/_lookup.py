@@ -8,7 +8,7 @@ Where memory is shared, ids, rows and gradients are written and read in place, i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +27,7 @@ from headwater._messages import (
     AnyMessage,
     Changed,
     ChangesGet,
-    Declared,
+    Declare,
     Done,
     Page,
     PageGet,
@@ -40,7 +40,17 @@ from headwater._messages import (
     Track,
     WarmRows,
 )
-from headwater._rows import TableSpec, batch_bytes, changes_bytes, join_page, page_bytes, rows_at, split_page, too_many
+from headwater._rows import (
+    TableSpec,
+    WholeRows,
+    batch_bytes,
+    changes_bytes,
+    join_page,
+    page_bytes,
+    rows_at,
+    split_page,
+    too_many,
+)
 from headwater._rows_file import SavedRows, read_rows, write_rows
 from headwater._table_link import Link, Session
 
@@ -70,6 +80,13 @@ class Changes(NamedTuple):
     more: bool
 
 
+class PageOfRows(NamedTuple):
+    """Some rows, and the table's step number."""
+
+    rows: WholeRows
+    step: int
+
+
 class Tables:
     """A session's tables."""
 
@@ -77,12 +94,16 @@ class Tables:
         self._session, self.links = session, links
         self._tables: dict[int, Table] = {}
 
-    def table(self, declared: Declared) -> Table:
+    def table(self, number: int, spec: TableSpec) -> Table:
         """Return the handle on a declared table, the same each time: it counts the pushes."""
-        number = declared.table
         if number not in self._tables:
-            self._tables[number] = Table(self._session, self.links, number, declared.spec)
+            self._tables[number] = Table(self._session, self.links, number, spec)
         return self._tables[number]
+
+    @property
+    def are_declared(self) -> bool:
+        """Whether this worker has declared any."""
+        return bool(self._tables)
 
     @property
     def has_pushed(self) -> bool:
@@ -94,6 +115,24 @@ class Tables:
         """Wait until every server has what was pushed."""
         for link in self.links:
             link.settle()
+
+    def __iter__(self) -> Iterator[Table]:
+        return iter([table for _, table in sorted(self._tables.items())])
+
+    def attach_again(self) -> None:
+        """Connect to servers that were started again."""
+        for i, link in enumerate(self.links):
+            link.attach_again(self._session._peers.open("table", i)[0])
+
+    def resume(self, *, stages: bool) -> None:
+        """Say again what they have not answered. stages: and what is staged for the step that has not counted."""
+        for link in self.links:
+            link.resume(stages=stages)
+
+    def drop_step(self) -> None:
+        """What was staged has counted, or counts nowhere."""
+        for link in self.links:
+            link.staged.clear()
 
 
 class Table:
@@ -153,6 +192,10 @@ class Table:
             )
         self.push_batch(self.batch(ids), gradients)
 
+    def declaration(self) -> Declare:
+        """Return what declares the table once more."""
+        return Declare(*(getattr(self.spec, name) for name in Declare.__struct_fields__))
+
     def set_scalars(self, **scalars: float) -> None:
         """Change what the optimizer takes with each push, such as lr=0.01; the others stay. Raises SettingError."""
         names = self.spec.optimizer.scalar_names
@@ -185,6 +228,7 @@ class Table:
     def batch(self, ids: Any) -> Batch:
         """Return ids as they travel; the work is not done again for those that were pulled or prefetched last."""
         self._session._require_open()
+        self._session.begin_tables()
         flat = as_ids(ids, f"table {self.name!r}")
         for known in (self._last, self._ahead):
             if known is not None and np.array_equal(known.ids, flat):
@@ -243,7 +287,10 @@ class Table:
             if len(self._links) > 1:
                 _rows_in(room, len(ids), self.dim)[...] = total[mine]
             message = PushRows(self._number, self._sequence, step, len(ids), self._scalars)
-            link.send(message, room[: batch_bytes(len(ids), self.dim)], Done, room=0)
+            raw = room[: batch_bytes(len(ids), self.dim)]
+            if self.spec.is_staged and self._session._peers.is_durable:
+                link.staged.append((message, raw.copy()))
+            link.send(message, raw, Done, room=0)
 
     def _check_budget(self, batch: Batch) -> None:
         """Refuse what one of the servers would, before any of them has it."""
@@ -323,10 +370,14 @@ class Table:
     def track(self, consumer: str) -> None:
         """Begin a delta stream by this name, or start it over; `changes` then gives everything first. At most 6 a table."""
         self._ask_all(Track(self._number, consumer, True), Done)
+        for link in self._links:
+            link.tracked[self._number, consumer] = Track(self._number, consumer, True)
 
     def untrack(self, consumer: str) -> None:
         """End a delta stream: nothing is noted for it any more."""
         self._ask_all(Track(self._number, consumer, False), Done)
+        for link in self._links:
+            link.tracked.pop((self._number, consumer), None)
 
     def changes(self, consumer: str, limit: int = 1 << 31) -> Changes:
         """Return what was written and deleted since this consumer last asked, evictions and expiry included.
@@ -363,9 +414,14 @@ class Table:
         when whole. Raises StorageError; then what was there before is still there.
         """
         with self._still():
-            return write_rows(Path(path), self.spec, self._pages())
+            pages = (
+                SavedRows(ids, rows[:, : self.dim], rows[:, self.dim :], counts, last_seen, step)
+                for (ids, last_seen, rows, counts), step in self.pages()
+            )
+            return write_rows(Path(path), self.spec, pages)
 
-    def _pages(self) -> Iterable[SavedRows]:
+    def pages(self) -> Iterator[PageOfRows]:
+        """Yield every row; whoever asks sees to it that no commit happens meanwhile."""
         width = self.spec.width
         for link in self._links:
             cursor = 0
@@ -375,9 +431,8 @@ class Table:
                     Page,
                     lambda answer: page_bytes(answer.count, width),
                 )
-                ids, last_seen, rows, counts = split_page(raw, page.count, width)
                 cursor = page.cursor
-                yield SavedRows(ids, rows[:, : self.dim], rows[:, self.dim :], counts, last_seen, page.step)
+                yield PageOfRows(split_page(raw, page.count, width), page.step)
 
     def load(self, path: str | os.PathLike[str]) -> int:
         """Write the rows of a file that `export` made, or another tool, over those of the table; returns how many. One worker does it.
@@ -392,20 +447,21 @@ class Table:
         written = 0
         with self._still():
             for saved in read_rows(Path(path), self.spec):
-                written += self._put(saved)
+                rows = np.concatenate([saved.values, saved.state], axis=1)
+                written += self.put(WholeRows(saved.ids, saved.last_seen, rows, saved.counts), saved.step)
         return written
 
-    def _put(self, saved: SavedRows) -> int:
-        batch = self.batch(saved.ids)
+    def put(self, rows: WholeRows, step: int) -> int:
+        """Write whole rows over those of the table, whose step becomes `step` where it is below; returns how many."""
+        batch = self.batch(rows.ids)
         order = np.empty(len(batch.distinct), np.int64)
         order[batch.inverse] = np.arange(len(batch.ids))
-        rows = np.concatenate([saved.values, saved.state], axis=1)
         for i, link in enumerate(self._links):
             mine = order[batch.bounds[i] : batch.bounds[i + 1]]
-            for start in range(0, len(mine), _limits.PAGE_ROWS):
+            for start in range(0, max(len(mine), 1), _limits.PAGE_ROWS):  # where there are none, the step
                 some = mine[start : start + _limits.PAGE_ROWS]
-                page = join_page(saved.ids[some], saved.last_seen[some], rows[some], saved.counts[some])
-                link.ask(PagePut(self._number, len(some), saved.step), Done, payload=page)
+                page = join_page(*(column[some] for column in rows))
+                link.ask(PagePut(self._number, len(some), step), Done, payload=page)
         return len(batch.distinct)
 
     def _still(self) -> AbstractContextManager[Any]:

@@ -53,3 +53,12 @@ def stack_buffers(fds: list[int], sizes: list[int], *, private: bool) -> _kernel
     finally:
         for fd in fds:
             os.close(fd)
+
+
+def remap_buffers(arena: _kernels.Arena, fds: list[int], sizes: list[int]) -> None:
+    """Map other shared buffers at the addresses of these, so that all views stay valid; the descriptors are closed."""
+    try:
+        arena.remap(fds, [round_up(max(size, 1), PAGE_BYTES) for size in sizes])
+    finally:
+        for fd in fds:
+            os.close(fd)

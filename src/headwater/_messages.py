@@ -10,10 +10,13 @@ from functools import cache
 
 import msgspec
 
+from headwater._book import Change
 from headwater._consistency import Consistency
 from headwater._errors import BY_NAME, HeadwaterError, InternalError, ProtocolError
 from headwater._layout import TensorSpec
+from headwater._leases import DataSpec, Piece
 from headwater._rows import AnyInitial, RowPolicy, TableSpec
+from headwater._snapshot import File
 from headwater.optim import AnyOptimizer, RowOptimizer
 
 
@@ -31,6 +34,7 @@ class Hello(Message, frozen=True, tag=True):
     workers: int = 0  # how many the job should wait for at its start; 0: as the server says
     consistency: Consistency | None = None  # None: whatever the job has
     label: str = ""  # host and pid, for people
+    returns: bool = False  # this identity has been here before, and its connection ended
 
 
 class ServerAddress(Message, frozen=True):
@@ -54,6 +58,7 @@ class Welcome(Message, frozen=True, tag=True):
     workers: int
     consistency: Consistency
     servers: tuple[ServerAddress, ...]
+    is_durable: bool = False  # the job outlives its servers: who loses one asks again
 
 
 class Failed(Message, frozen=True, tag=True):
@@ -95,6 +100,9 @@ class Registered(Message, frozen=True, tag=True):
     initialise: bool
     clock: int = 0
     side: int = 0
+    commit: int = 0  # the job's
+    answered: int = -1  # the last push of this worker that closed a clock
+    went_back: bool = False  # the job is at a snapshot again: what this worker knows of later commits is void
 
 
 class Initialised(Message, frozen=True, tag=True):
@@ -180,6 +188,7 @@ class Seal(Message, frozen=True, tag=True):
     With one server, whose connection this is, the push and the pull ride along. `pushes`: this is the Push too, with its payload.
     `pull`: "own" or "sent" as of Pull, done before the answer, which carries the payload. Whoever wants it "sent" must read while
     it sends: where this push completes a commit, Pulled comes before the push is whole, and a Committed without payload confirms it.
+    `used`: how many units of each leased dataset this worker has used up to here, in total.
     """
 
     sequence: int
@@ -188,6 +197,7 @@ class Seal(Message, frozen=True, tag=True):
     absent: bytes = b""  # packed bits, one per tensor, 1: no gradient; empty: all present
     pushes: bool = False
     pull: str = ""
+    used: tuple[tuple[str, int], ...] = ()
 
 
 class Committed(Message, frozen=True, tag=True):
@@ -247,10 +257,96 @@ class Flip(Message, frozen=True, tag=True):
     swap: bool
 
 
+class Flipped(Message, frozen=True, tag=True):
+    """The side that is now the state."""
+
+    side: int
+
+
 class Enroll(Message, frozen=True, tag=True):
-    """Server to coordinator: I am here."""
+    """Server to coordinator: I am here. `index`: my place among the servers; -1: any."""
 
     address: ServerAddress
+    index: int = -1
+
+
+class Recall(Message, frozen=True, tag=True):
+    """Coordinator to server: how far can you go from this snapshot of the store? Answer: Recalled."""
+
+    snapshot: str
+    index: int
+
+
+class Recalled(Message, frozen=True, tag=True):
+    """To commit `commit`, which was written down as `digest` tells."""
+
+    commit: int
+    digest: bytes = b""
+
+
+class Restore(Message, frozen=True, tag=True):
+    """Coordinator to server: become what this snapshot and the commits up to this one make of you. Answer: Restored.
+
+    "" for the snapshot: the store is empty; begin.
+    """
+
+    snapshot: str
+    commit: int
+    index: int
+    count: int
+
+
+class Restored(Message, frozen=True, tag=True):
+    """`book`: MessagePack of the Book that belongs to the state."""
+
+    book: bytes = b""
+
+
+class Persist(Message, frozen=True, tag=True):
+    """Coordinator to server: write down what is prepared and gathered, and this change. Answer: Done, when it survives."""
+
+    change: Change
+
+
+class SnapshotBegin(Message, frozen=True, tag=True):
+    """Coordinator to server: begin to write rows of tables into this folder of the store. Answer: Done, at once."""
+
+    folder: str
+
+
+class Pin(Message, frozen=True, tag=True):
+    """Coordinator to server, between two commits: this is the state to write. Answer: Done, at once."""
+
+
+class SnapshotGet(Message, frozen=True, tag=True):
+    """Coordinator to server. Answer: SnapshotState."""
+
+
+class SnapshotState(Message, frozen=True, tag=True):
+    """`is_due`: few rows are missing, so Pin is cheap; `is_whole`: everything is written, and these are the files."""
+
+    is_due: bool = False
+    is_whole: bool = False
+    files: tuple[File, ...] = ()
+    rest: bytes = b""  # what this server keeps besides, MessagePack
+    error: str = ""
+
+
+class Unpin(Message, frozen=True, tag=True):
+    """Coordinator to server, between two commits: the snapshot has ended. `commit`: logs from before this one may go; -1: none."""
+
+    commit: int
+
+
+class SnapshotTake(Message, frozen=True, tag=True):
+    """To the coordinator: take a snapshot now. Answer: SnapshotTaken, when it is whole."""
+
+
+class SnapshotTaken(Message, frozen=True, tag=True):
+    """Where it lies."""
+
+    path: str
+    commit: int
 
 
 class Leave(Message, frozen=True, tag=True):
@@ -268,7 +364,7 @@ class Held(Message, frozen=True, tag=True):
     steps: tuple[int, ...]
     tensors: tuple[TensorSpec, ...]
     optimizer: AnyOptimizer | None
-    tables: tuple[str, ...] = ()
+    tables: tuple[TableSpec, ...] = ()  # by number
 
 
 class Resume(Message, frozen=True, tag=True):
@@ -328,6 +424,25 @@ class Stats(Message, frozen=True, tag=True):
     consistency: Consistency
     servers: int
     workers: tuple[WorkerStats, ...]
+
+
+class LeaseTake(Message, frozen=True, tag=True):
+    """To the coordinator: lease this worker, which had so many units till now, a piece of a dataset. Answer: Leased.
+
+    The first one's settings decide, the others' must agree. `wait`: while others work on all that is left; none means then that
+    the data has ended, else only that there is nothing at the moment.
+    """
+
+    spec: DataSpec
+    had: int
+    wait: bool
+
+
+class Leased(Message, frozen=True, tag=True):
+    """`rejoined`: the worker was not waited for while it waited; this is where it goes on, from parameters that it pulls anew."""
+
+    piece: Piece | None = None
+    rejoined: Registered | None = None
 
 
 class Declare(Message, frozen=True, tag=True):
@@ -493,9 +608,11 @@ class TableStats(Message, frozen=True, tag=True):
 AnyMessage = (
     Hello | Here | Welcome | Failed | Done | Waiting | Beat | Register | Registered | Initialised | Assign | Attach
     | Attached | Sides | Detach | Put | Pull | Pulled | Push | Seal | Committed | Prepare | Prepared | Norms | Normed
-    | Flip | Enroll | Leave | Hold | Held | Resume | StateGet | State | StateSet | Report | StatsGet | Stats
+    | Flip | Flipped | Enroll | Leave | Hold | Held | Resume | StateGet | State | StateSet | Report | StatsGet | Stats
+    | Recall | Recalled | Restore | Restored | Persist | SnapshotBegin | Pin | SnapshotGet | SnapshotState | Unpin
+    | SnapshotTake | SnapshotTaken
     | Declare | Declared | OpenTable | Room | PullRows | PulledRows | WarmRows | PushRows | Gather | Track | ChangesGet
-    | Changed | PageGet | Page | PagePut | TableStatsGet | TableStats
+    | Changed | PageGet | Page | PagePut | TableStatsGet | TableStats | LeaseTake | Leased
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from headwater import _kernels, _limits
-from headwater._errors import HeadwaterError, ProtocolError, SettingError, WaitTimeoutError
+from headwater._errors import HeadwaterError, ProtocolError, SettingError, WaitTimeoutError, warn
 from headwater._messages import (
     AnyMessage,
     Attached,
@@ -46,6 +46,7 @@ class Peers:
         self._heartbeat: _kernels.Heartbeat | None = None
         self._opened: dict[tuple[str, int], tuple[Connection, bool]] = {}  # by role and server
         self.clock = 0  #: the session's, for what people are told
+        self.is_durable = False  #: whether the job outlives its servers
         self.addresses: tuple[ServerAddress, ...] = ()  #: of the servers, in their order
         if address is None:
             from headwater._server import Server  # only who serves pays for it at start
@@ -64,10 +65,18 @@ class Peers:
         self.control.set_timeout(_limits.SILENCE_S)
         self.control.send(self.hello)
         welcome = self.receive(self.control, Welcome)[0]
-        self.addresses = welcome.servers
+        self.addresses, self.is_durable = welcome.servers, welcome.is_durable
         if self._address is not None and self.hello.role == "worker":
             self._start_beat(self._address)
         return welcome
+
+    def reconnect(self, index: int) -> Welcome:
+        """Make every connection again, as the same worker. Raises as `greet`."""
+        self._disconnect()
+        self._opened.clear()
+        self.hello = msgspec.structs.replace(self.hello, index=index, returns=True)
+        self.control = self._open_control()
+        return self.greet()
 
     def _start_beat(self, address: Address) -> None:
         beat = connect(address)
@@ -157,11 +166,16 @@ class Peers:
                 request(self.control, Leave())
         except (HeadwaterError, OSError):
             pass  # the server is gone, or sees the connection end
-        for connection in self._connections():
-            connection.close()
+        self._disconnect()
         if self.server is not None:
             self.server.close()
             self.server = None  # its memory goes with it
+
+    def _disconnect(self) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+        for connection in self._connections():
+            connection.close()
 
     def abandon(self) -> None:
         """Drop this process's copies of the connections without a word; for forked children."""
@@ -187,10 +201,3 @@ def nearest(address: Address, hello: Hello, timeout_s: float) -> Address:
     finally:
         connection.close()
     return address
-
-
-def warn(text: str) -> None:
-    """Say something to people."""
-    import logging  # here, so that start-up does not pay for it
-
-    logging.getLogger("headwater").warning(text)

@@ -38,6 +38,11 @@ class Plan(NamedTuple):
         cohort_of = np.array([number[key] for key in keys], np.int32)
         return cls(cohort_of, cohort_of.tobytes(), cohorts)
 
+    @classmethod
+    def of(cls, cells: bytes, cohorts: Sequence[tuple[int, int]]) -> Plan:
+        """Return the plan that has these fields."""
+        return cls(np.frombuffer(cells, np.int32), cells, tuple(cohorts))
+
     def steps(self) -> tuple[int, ...]:
         """Steps made, one per tensor."""
         return tuple(self.cohorts[c][1] for c in self.cohort_of)

@@ -5,7 +5,8 @@
     batch   := ids rows                      as it lies in a worker's room at a server and travels as a payload:
                                              int64 (n,), then float32 (n, dim) from the next multiple of 64 bytes on
     page    := ids last_seen rows counts     rows as they are exported: int64 (k,) twice, float32 (k, dim + state), float32 (k,)
-    changes := ids deleted rows              int64 (k,), int64 (m,), float32 (k, dim + state)
+    changes := ids deleted rows              int64 (k,), int64 (m,), float32 (k, dim + state): a replica does not need
+                                             counts and last seen
 
 Bucket b of 256 lives on server b·n // 256 of n. Example: 3 ids of dim 2 are 24 bytes, a gap up to 64, and 24 bytes.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -218,10 +219,25 @@ def changes_bytes(written: int, deleted: int, width: int) -> int:
     return written * (8 + 4 * width) + deleted * 8
 
 
-def split_page(page: np.ndarray, count: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return ids, last seen, rows and counts of a page, uint8."""
+class WholeRows(NamedTuple):
+    """Rows as a page holds them."""
+
+    ids: np.ndarray  # int64 (k,)
+    last_seen: np.ndarray  # int64 (k,)
+    rows: np.ndarray  # float32 (k, dim + state): the value, then the optimizer's state
+    counts: np.ndarray  # float32 (k,)
+
+    @classmethod
+    def none(cls, width: int) -> WholeRows:
+        """Return no rows of this width."""
+        nothing = np.empty(0, np.int64)
+        return cls(nothing, nothing, np.empty((0, width), np.float32), np.empty(0, np.float32))
+
+
+def split_page(page: np.ndarray, count: int, width: int) -> WholeRows:
+    """Return the rows of a page, uint8."""
     stop = count * (16 + 4 * width)
-    return (
+    return WholeRows(
         page[: 8 * count].view(np.int64),
         page[8 * count : 16 * count].view(np.int64),
         page[16 * count : stop].view(np.float32).reshape(count, width),

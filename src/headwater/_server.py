@@ -32,8 +32,11 @@ from headwater._errors import (
     PeerLostError,
     ProtocolError,
     SettingError,
+    UnreachableError,
     WaitTimeoutError,
+    warn,
 )
+from headwater._keeper import Keeper, fold, open_store
 from headwater._messages import (
     AnyMessage,
     Attach,
@@ -47,6 +50,7 @@ from headwater._messages import (
     Here,
     Hold,
     Initialised,
+    LeaseTake,
     Leave,
     Pull,
     Pulled,
@@ -58,11 +62,13 @@ from headwater._messages import (
     Seal,
     ServerAddress,
     Sides,
+    SnapshotTake,
     State,
     StateGet,
     StateSet,
     StatsGet,
 )
+from headwater._snapshots import Snapshots
 from headwater._transport import (
     Address,
     Connection,
@@ -75,6 +81,7 @@ from headwater._transport import (
     memory_pair,
     request,
 )
+from headwater.durability import Durability
 
 ROLES = ("worker", "data", "table", "beat", "observer", "server", "coordinator")
 
@@ -88,6 +95,8 @@ class Server:
 
     join: the coordinator's address; None: this process holds the coordinator, for `servers` servers and `workers` workers
     (0: as many as the first worker says).
+    durability: what the job survives, None: nothing; the same for every server, with `store`, a folder that all of them reach, and
+    `index`, this server's place, from 0. resumes: go on from what the store holds; else it must be empty.
     """
 
     def __init__(
@@ -101,6 +110,10 @@ class Server:
         servers: int = 1,
         threads: int | None = None,
         level: str = "auto",
+        durability: Durability | None = None,
+        store: str = "",
+        index: int = -1,
+        resumes: bool = False,
     ) -> None:
         if not 0 <= workers <= _limits.WORKERS or not 1 <= servers <= _limits.SERVERS:
             raise SettingError(
@@ -110,9 +123,18 @@ class Server:
             raise SettingError("Expected a token where a server listens, got none: set HEADWATER_TOKEN.")
         self.token = token
         self.shard = Shard(threads=threads or len(os.sched_getaffinity(0)), level=level)
+        self._join, self._index = join, 0 if join is None else index
+        self._keeper, keep = None, None
+        if durability is not None:
+            files, path = open_store(store, self._index, resumes=resumes)
+            self._keeper = self.shard.keeper = Keeper(self.shard, files, path, has_log=durability.kind == "log")
+            if join is None:
+                keep = Snapshots(files, path, durability, partial(fold, files, path))
         self.coordinator: Coordinator | None = None
         if join is None:
-            self.coordinator = Coordinator(self.shard, consistency=consistency, workers=workers, servers=servers)
+            self.coordinator = Coordinator(
+                self.shard, consistency=consistency, workers=workers, servers=servers, keep=keep
+            )
         self._listeners: list[socket.socket] = []
         self._connections: set[Connection] = set()
         self._threads: set[threading.Thread] = set()
@@ -126,8 +148,12 @@ class Server:
                 self._listen(listen_on)
             if self.coordinator is not None:
                 self.coordinator.add_server(self.address, None)
+                if keep is not None:
+                    threading.Thread(
+                        target=keep.keep_taking, args=(self.coordinator,), name="snapshots", daemon=True
+                    ).start()
             elif join is not None:
-                self._enroll(join)
+                self._enroll(join, _limits.CONNECT_S)
         except BaseException:
             self.close()
             raise
@@ -182,9 +208,9 @@ class Server:
             if self._is_closed:
                 connection.close()
 
-    def _enroll(self, join: Address) -> None:
+    def _enroll(self, join: Address, patience_s: float) -> None:
         """Join a job as a further server; the coordinator then connects back to us. Its end is ours."""
-        connection = connect(join)
+        connection = connect(join, patience_s)
         self.keep(connection)
         tcp = self.address.tcp
         if tcp and connection.own_host and Address.parse(tcp).host in ("0.0.0.0", "::"):
@@ -192,14 +218,27 @@ class Server:
             tcp = str(Address.parse(tcp)._replace(host=connection.own_host))
             self.address = ServerAddress(tcp, self.address.unix, self.address.host)
         request(connection, Hello(self.token, "server", 0, label=_label()))
-        request(connection, Enroll(self.address))
+        request(connection, Enroll(self.address, self._index))
 
-        def watch() -> None:
-            with contextlib.suppress(HeadwaterError):
-                connection.receive()
-            self.stopped.set()
+        threading.Thread(target=self._watch, args=(join, connection), name="watch", daemon=True).start()
 
-        threading.Thread(target=watch, name="watch", daemon=True).start()
+    def _watch(self, join: Address, connection: Connection) -> None:
+        """The end of the coordinator is ours, unless the job is durable: then it is started again, and we go on."""
+        with contextlib.suppress(HeadwaterError):
+            connection.receive()
+        with self._lock:
+            self._connections.discard(connection)
+        deadline = time.monotonic() + (_limits.REJOIN_S if self._keeper is not None else 0.0)
+        while time.monotonic() < deadline and not self._is_closed:
+            try:
+                self._enroll(join, 1.0)
+                return
+            except (UnreachableError, PeerLostError):
+                time.sleep(_limits.AGAIN_S)
+            except HeadwaterError as error:
+                warn(f"the coordinator does not take this server back: {error}")
+                break
+        self.stopped.set()
 
     # One connection.
 
@@ -250,10 +289,12 @@ class Server:
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)
             listener.close()
+        if self.coordinator is not None:
+            self.coordinator.close()  # first: that workers' connections end now does not mean that they have left
         for connection in connections:
             connection.close()
-        if self.coordinator is not None:
-            self.coordinator.close()
+        if self._keeper is not None:
+            self._keeper.close()
         # A thread that is in native code while the interpreter ends would abort the process.
         deadline = time.monotonic() + _limits.CLOSE_S
         for thread in threads - {threading.current_thread()}:
@@ -285,7 +326,8 @@ class _Handler:
         self._server, self._shard, self._coordinator = server, server.shard, server.coordinator
         self._connection, self._hello = connection, hello
         self._identity, self.role = hello.identity, hello.role
-        self._is_member = self._is_enrolled = False
+        self._is_member = False
+        self._enrolled: tuple[int, Connection] | None = None  # a server's place, and the way back to it
         self._incoming: np.ndarray | None = None  # a plane that a Put brings
         self._carried = False  # whether a payload came with the push
         self._desk = server.shard.tables.desk(hello.identity) if hello.role == "table" else None
@@ -312,7 +354,7 @@ class _Handler:
         except WaitTimeoutError:
             # Only a beat is waited for with a limit. A beat connection that ends says nothing: the worker's own one ends too,
             # after what was sealed on it has been read.
-            self._job().leave(self._identity)
+            self._job().leave(self._identity, self._connection)
             raise
         try:
             return self._dispatch(message)
@@ -351,9 +393,11 @@ class _Handler:
             case Register():
                 self._answer(self._job().register(self._identity, message, self._connection.send))
             case Declare():
-                self._answer(self._job().declare(self._identity, message))
+                self._answer(self._job().declare(self._identity, message, self._connection.send))
             case Initialised():
-                self._answer(self._job().initialised(self._identity, message))
+                self._answer(self._job().initialised(self._identity, message, self._connection.send))
+            case LeaseTake():
+                self._answer(self._job().lease(self._identity, message, self._connection.send))
             case Leave():
                 self._job().leave(self._identity, close=False)
                 self._answer(Done())
@@ -371,6 +415,8 @@ class _Handler:
                 self._answer(Done())
             case StatsGet():
                 self._answer(self._job().stats())
+            case SnapshotTake():
+                self._answer(self._job().take_snapshot(self._connection.send))
             case Enroll() if self.role == "server":
                 self._enroll(message)
             case _ if self.role == "coordinator":
@@ -451,11 +497,10 @@ class _Handler:
         job = self._job()
         try:
             request(back, Hello(self._server.token, "coordinator", 0))
-            job.add_server(message.address, back)
+            self._enrolled = (job.add_server(message.address, back, message.index), back)
         except HeadwaterError:
             back.close()
             raise
-        self._is_enrolled = True
         self._answer(Done())
 
     def _job(self) -> Coordinator:
@@ -470,9 +515,9 @@ class _Handler:
         if self._coordinator is None or not self._is_member:
             return
         if self.role == "worker":
-            self._coordinator.leave(self._identity)
-        elif self._is_enrolled:
-            self._coordinator.lose_server(self._hello.label)
+            self._coordinator.leave(self._identity, self._connection)
+        elif self._enrolled is not None:
+            self._coordinator.lose_server(*self._enrolled)
         self._coordinator.resume(self._identity)
 
 

@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import socket
+import threading
+import time
 import weakref
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 import msgspec
 import numpy as np
 
+from headwater import _limits, _snapshot
 from headwater._consistency import Consistency
-from headwater._data import Portion, Sized
+from headwater._data import LeasedData, Portion, Sized, lease_data
 from headwater._dense_link import DenseLink
 from headwater._errors import (
     ClosedError,
     HeadwaterError,
     LayoutError,
+    PeerLostError,
     SettingError,
+    UnreachableError,
     UsageError,
+    WaitTimeoutError,
+    warn,
 )
+from headwater._files import Files, open_files
 from headwater._layout import Layout, TensorSpec
 from headwater._lookup import Table, Tables
 from headwater._messages import (
@@ -35,6 +45,8 @@ from headwater._messages import (
     Hello,
     Hold,
     Initialised,
+    Leased,
+    LeaseTake,
     Pull,
     Pulled,
     Register,
@@ -42,21 +54,24 @@ from headwater._messages import (
     Report,
     Resume,
     Seal,
+    SnapshotTake,
+    SnapshotTaken,
     State,
     StateGet,
     StateSet,
     Stats,
     StatsGet,
 )
-from headwater._peers import Peers, nearest, warn
+from headwater._peers import Peers, nearest
 from headwater._plan import pack_absent
-from headwater._rows import AnyInitial, RowPolicy, spec_of
+from headwater._rows import AnyInitial, RowPolicy, TableSpec, WholeRows, spec_of
+from headwater._snapshot import Manifest
 from headwater._table_link import Link
 from headwater._transport import Address
 from headwater.optim import SGD, AnyOptimizer, RowOptimizer
 
 if TYPE_CHECKING:
-    from headwater._checkpoint import Checkpoint
+    from headwater._snapshot import File, Planes
 
 _M = TypeVar("_M")
 _open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -92,6 +107,14 @@ class JobState(MutableMapping[str, Any]):
         return len(self._items())
 
 
+class Saved(NamedTuple):
+    """A saved job that this one is to begin from."""
+
+    files: Files
+    folder: str
+    manifest: Manifest
+
+
 class Session:
     """One worker of a job, made by `connect`. It is used by one thread at a time, in the process that made it.
 
@@ -103,14 +126,26 @@ class Session:
         self._pid = os.getpid()
         self._dense: DenseLink | None = None
         self._tables: Tables | None = None
+        self._leased: dict[str, LeasedData] = {}
         self._layout: Layout | None = None
         self._optimizer: AnyOptimizer | None = None
-        self._saved: Checkpoint | None = None
+        self._saved: Saved | None = None
         self.accepted = 0  #: pushes in the commit that was last waited for
+        self.moved: Callable[[], None] | None = (
+            None  #: called when `side` has changed elsewhere than in a step; for adapters
+        )
         self._sequence = -1
         self._is_pending = False  # a sealed push is not yet answered
         self._wants_pull = False
+        self._seal = Seal(-1, 0.0, ())  # the last push
+        self._commit = 0  # that held it
+        self._is_void = False  # the step that is being computed counts nowhere
+        self._is_holding = self._is_registering = False
+        self.lost = (
+            0  #: commits that this worker knew of and that were taken back, since a server had to go back to a snapshot
+        )
         self._is_closed = False
+        self._held_s = 0.0  # since when commits are held
         self.staleness = 0  #: commits by others between this worker's last pull and its last push
         self.state = JobState(self)
         self._peers = Peers(address, hello, transport=transport, timeout_s=timeout_s)
@@ -148,33 +183,71 @@ class Session:
         self._require_open()
         if self._layout is not None:
             raise UsageError("Expected one registration per session, got another: give one optimizer all parameters.")
-        if not specs and self._tables is None:
+        if not specs and not self.has_tables:
             raise LayoutError(
                 "Expected at least one tensor to register, got none: does any parameter require a gradient? A job of tables "
                 "alone declares them first."
             )
         optimizer.check_dense()
         layout = Layout(specs)
-        answer = self._ask(Register(layout.specs, optimizer), Registered)
-        self._layout, self._optimizer = layout, optimizer
-        self._scalars = [tuple(optimizer.scalars().values())] * layout.groups
-        self._dense = DenseLink(self._peers, layout, self.consistency)
-        if answer.initialise:
-            answer = self._initialise(values)
-        self._peers.clock = answer.clock
-        self._dense.begin(answer.side)
+        if self._is_pending:
+            self.wait()
+        self._is_registering = True
+        try:
+            self._surviving(partial(self._register, layout, values, optimizer))
+        finally:
+            self._is_registering = False
 
-    def _initialise(self, values: Mapping[str, np.ndarray]) -> Registered:
+    def _register(self, layout: Layout, values: Mapping[str, np.ndarray], optimizer: AnyOptimizer) -> None:
+        answer = self._ask_once(Register(layout.specs, optimizer), Registered)
+        dense = DenseLink(self._peers, layout, self.consistency)
+        if answer.initialise:
+            answer = self._initialise(layout, dense, values, optimizer)
+        dense.begin(answer.side)
+        self._peers.clock, self._commit = answer.clock, answer.commit
+        self._layout, self._optimizer, self._dense = layout, optimizer, dense
+        self._scalars = [tuple(optimizer.scalars().values())] * layout.groups
+
+    def _begin(self, answer: Registered) -> None:
+        """Go on from where the job is."""
+        assert self._dense is not None
+        self._peers.clock, self._commit = answer.clock, answer.commit
+        self._surviving(partial(self._dense.begin, answer.side))
+
+    def _initialise(
+        self, layout: Layout, dense: DenseLink, values: Mapping[str, np.ndarray], optimizer: AnyOptimizer
+    ) -> Registered:
         """Put this worker's values, or the loaded ones, on every server."""
-        layout, dense = self._require_registered()
-        saved = self._saved
-        if saved is None:
+        if self._saved is None:
             dense.put("parameters", values)
-            return self._ask(Initialised(), Registered)
-        assert self._optimizer is not None
-        saved.check(layout, self._optimizer)
-        self._put_planes(saved.planes)
-        return self._ask(Initialised(saved.commit, saved.steps, saved.state), Registered)
+            return self._ask_once(Initialised(), Registered)
+        files, folder, manifest = self._saved
+        manifest.check(layout, optimizer)
+        whole = layout.part(0, 1)
+        planes = {plane: whole.new_plane() for plane in ("master", *optimizer.slots)}
+        _snapshot.read_dense(files, folder, manifest, whole, planes)
+        for plane, lanes in planes.items():
+            dense.put(plane, layout.master_views(lanes))
+        self._put_tables(files, folder, manifest)
+        return self._ask_once(Initialised(manifest.commit, manifest.steps, manifest.state), Registered)
+
+    def _put_tables(self, files: Files, folder: str, manifest: Manifest) -> None:
+        """Put the saved rows of the tables that are declared by now on every server."""
+        with self._held() as held:
+            tables = {spec.name: (number, spec) for number, spec in enumerate(held.tables)}
+        missing = [saved.name for saved in manifest.tables if saved.name not in tables]
+        if missing:
+            warn(
+                f"{folder} holds rows of table {', '.join(missing)}, which nobody has declared yet: they are left out."
+            )
+        for i, saved in enumerate(manifest.tables):
+            if saved.name in tables:
+                number, spec = tables[saved.name]
+                saved.check(spec)
+                table = self._table(number, spec)
+                table.put(WholeRows.none(spec.width), saved.step)
+                for rows in _snapshot.read_table(files, folder, manifest, i):
+                    table.put(rows, saved.step)
 
     # Tables.
 
@@ -201,15 +274,22 @@ class Session:
         wanted = Declare(name, dim, optimizer, initial, seed, policy, consistency)
         spec_of(wanted, self.consistency, dim=1 if dim is None else dim)  # which checks it before it travels
         declared = self._ask(wanted, Declared)
+        return self._open_tables().table(declared.table, declared.spec)
+
+    def _open_tables(self) -> Tables:
         if self._tables is None:
             opened = [self._peers.open("table", i) for i in range(len(self._peers.addresses))]
             self._tables = Tables(self, [Link(self, connection, shares=shares) for connection, shares in opened])
-        return self._tables.table(declared)
+        return self._tables
+
+    def _table(self, number: int, spec: TableSpec) -> Table:
+        """Return a handle on a table that need not be declared here."""
+        return Table(self, self._open_tables().links, number, spec)
 
     @property
     def has_tables(self) -> bool:
         """Whether any table is declared here."""
-        return self._tables is not None
+        return self._tables is not None and self._tables.are_declared
 
     @property
     def has_staged(self) -> bool:
@@ -262,7 +342,7 @@ class Session:
         *,
         pull: bool,
     ) -> None:
-        if self._layout is None and self._tables is not None:
+        if self._layout is None and self.has_tables:
             self.register({})
         layout, _ = self._require_registered()
         absent = b""
@@ -280,9 +360,18 @@ class Session:
             self.wait()
         if self._tables is not None:
             self._tables.settle()  # what is staged for this step lies on every server before its seal
+        if self._is_void:
+            self._drop_step()
+            self.pull_parameters()
+            return
         self._sequence += 1
-        dense.send(Seal(self._sequence, weight, tuple(scalars), absent), pull=pull)
+        used = tuple([(name, data.used) for name, data in self._leased.items()])
+        self._seal = Seal(self._sequence, weight, tuple(scalars), absent, used=used)
         self._is_pending, self._wants_pull = True, pull
+        try:
+            dense.send(self._seal, pull=pull)
+        except PeerLostError as error:
+            self._come_back(error)
 
     def wait(self) -> int:
         """Wait until the last push counts and this worker may go on; returns the commit that holds it.
@@ -293,15 +382,24 @@ class Session:
         _, dense = self._require_registered()
         if not self._is_pending:
             return self.clock
+        committed = None
+        while committed is None:
+            try:
+                committed = dense.answer(pull=self._wants_pull)
+            except PeerLostError as error:
+                self._come_back(error)
+                if not self._is_pending:  # it counts nowhere: the job went back
+                    return self.clock
+            except UsageError:
+                self._is_pending = False
+                raise
+            except BaseException:
+                self.close()  # what is still to come on the connections would be taken for something else
+                raise
         self._is_pending = False
-        try:
-            committed = dense.answer(pull=self._wants_pull)
-        except UsageError:
-            raise
-        except HeadwaterError:
-            self.close()  # what is still to come on the connections would be taken for something else
-            raise
         self._peers.clock, self.staleness, self.accepted = committed.clock, committed.staleness, committed.accepted
+        self._commit = committed.commit
+        self._drop_step()
         if committed.refused is not None:
             raise committed.refused.exception()
         return committed.commit
@@ -331,7 +429,7 @@ class Session:
         _, dense = self._require_registered()
         if self._is_pending:
             self.wait()
-        dense.pull()
+        self._surviving(dense.pull)
 
     def _copy_in(self, gradients: Mapping[str, np.ndarray]) -> None:
         views = self.gradients
@@ -368,12 +466,85 @@ class Session:
 
     # The job.
 
-    def shard(self, dataset: Sized) -> Portion:
-        """Return this worker's part of a dataset with `len()` and indexing: items index, index + workers, …
+    @overload
+    def shard(self, dataset: Sized) -> Portion: ...
 
-        Nothing is read to be discarded, and the part can be pickled into DataLoader workers.
+    @overload
+    def shard(
+        self,
+        dataset: Any,
+        *,
+        epochs: int,
+        name: str = "data",
+        batch_size: int | None = None,
+        shuffle: bool | None = None,
+        seed: int = 0,
+        piece: int | None = None,
+    ) -> LeasedData: ...
+
+    def shard(
+        self,
+        dataset: Any,
+        *,
+        epochs: int | None = None,
+        name: str = "data",
+        batch_size: int | None = None,
+        shuffle: bool | None = None,
+        seed: int = 0,
+        piece: int | None = None,
+    ) -> Portion | LeasedData:
+        """Return this worker's part of a dataset; with `epochs`, an iterator over what is leased to it.
+
+        Without epochs, of a dataset with `len()` and indexing: items index, index + workers, … Nothing is read to be discarded, and
+        the part can be pickled into DataLoader workers. Who dies takes its part along.
+
+        With epochs, pieces of the data are leased to whoever asks, and come back when a worker dies: each item is used exactly once
+        in each epoch. An item is used when a push that was made after it was yielded counts, also one of weight 0 or one that was
+        refused. dataset: with `len()` and indexing, of which items are yielded, or lists of them with `batch_size`, the last one
+        as long as it comes; or a PyTorch DataLoader over such a dataset, whose batches are yielded, made by a DataLoader of the same
+        options. Every worker gives the same data and settings. name: one for each of several datasets. shuffle: another
+        order in each epoch, which follows from `seed`, the same with every loader; a DataLoader has its own setting. piece: how many
+        items or batches are leased at once; default a 1/32 of a worker's share, at most 1024. Raises SettingError for data that can
+        only be iterated, for samplers of one's own, and where the job has leased this name with other settings.
         """
-        return Portion(dataset, self.index, self.workers)
+        if epochs is None:
+            return Portion(dataset, self.index, self.workers)
+        if name in self._leased:
+            raise UsageError(
+                f"Expected a name for each leased dataset, got {name!r} twice: go on with the first, or say name=."
+            )
+        data = lease_data(
+            dataset, self._lease, name=name, epochs=epochs, batch_size=batch_size, shuffle=shuffle, seed=seed,
+            piece=piece, workers=self.workers,
+        )  # fmt: skip
+        self._leased[name] = data
+        try:
+            self._lease(data, wait=False)
+        except SettingError:
+            del self._leased[name]
+            raise
+        return data
+
+    def _lease(self, data: LeasedData, *, wait: bool) -> bool:
+        """Get data a piece; what was leased is told by how much it had, so that a lost answer is given again."""
+        self._require_open()
+        if self._is_pending:
+            self.wait()
+        try:
+            # Coming back may take the data back, too: what it had is told anew each time.
+            leased = self._surviving(lambda: self._ask_once(LeaseTake(data.spec, data.had, wait), Leased))
+        except UsageError:
+            raise
+        except HeadwaterError:
+            self.close()  # the answer is still to come and would be taken for another
+            raise
+        if leased.rejoined is not None:
+            self._begin(leased.rejoined)
+            if self.moved is not None:
+                self.moved()
+        if leased.piece is not None:
+            data.add(leased.piece)
+        return leased.piece is not None
 
     def report(self, **figures: float) -> None:
         """Show figures, such as loss=2.3, in the job's display and statistics. Costs no round trip."""
@@ -386,36 +557,78 @@ class Session:
         """Return the job at a glance: commits, bytes, and each worker's clock, staleness and figures."""
         return self._ask(StatsGet(), Stats)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Save parameters, optimizer state, clock and job state as a directory that `load` reads. Tables are saved by `Table.export`; a
-        warning names those that the job has.
+    def take_snapshot(self) -> str:
+        """Let the servers of a durable job write a snapshot now; returns where it lies, from their point of view.
 
-        `model.safetensors` holds the parameters under their names. Written aside and renamed when whole: a failure leaves what was
-        there before.
+        Training goes on meanwhile. Raises SettingError where the job has no store, StorageError when it cannot be written.
         """
-        with self._held() as held:
-            checkpoint = self._read(held)
-        if held.tables:
-            warn(f"{path} will not hold the rows of table {', '.join(held.tables)}: Table.export() saves them.")
-        checkpoint.write(Path(path))
+        return self._ask(SnapshotTake(), SnapshotTaken).path
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Save parameters, optimizer state, tables, clock and job state as a folder that `load` reads.
+
+        `model-0.safetensors` holds the parameters under their names. No commit happens meanwhile; but rows of a table that is ASP are each
+        as they were when they were read. Written aside and renamed when whole: a failure leaves what was there before.
+        """
+        files, target = open_files(os.fspath(path))
+        with _snapshot.replacing(files, target) as folder:
+            written: list[File] = []
+            tables = []
+            with self._held() as held:
+                planes = self._read(held)
+                state = self._ask(StateGet(), State).items
+                for number, spec in enumerate(held.tables):
+                    writer = _snapshot.TableWriter(files, folder, 0, number, spec)
+                    step = 0
+                    for page in self._table(number, spec).pages():
+                        writer.rows(*page.rows)
+                        step = max(step, page.step)
+                        self._keep_holding(held)
+                    tables.append((spec, step))
+                    written += writer.close()
+            written += _snapshot.write_dense(files, folder, 0, Layout(held.tensors).part(0, 1), planes)
+            _snapshot.publish(
+                files,
+                folder,
+                Manifest.of(
+                    commit=held.commit, servers=1, consistency=self.consistency, optimizer=held.optimizer,
+                    tensors=held.tensors, steps=held.steps, tables=tables, state=state, files=written,
+                ),
+            )  # fmt: skip
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Let the job begin from what `save` wrote. Call it in every worker before the parameters are registered.
 
-        A job that has begun already stays as it is. Raises StorageError when the directory is missing, torn or of another model.
+        The rows of a saved table are written when the parameters are registered, so declare the tables before; a job of tables alone begins
+        with their first use, when all of them must be declared. A job that has begun already stays as it is.
+        Raises StorageError when the folder is missing or torn; what is of another model, or has another hash than it should, is found and
+        raised when the parameters are registered.
         """
         if self._layout is not None:
             raise UsageError("Expected load() before parameters are registered: call it before the optimizer is made.")
-        from headwater._checkpoint import Checkpoint
+        files, target = open_files(os.fspath(path))
+        folder = _snapshot.locate(files, target)
+        self._saved = Saved(files, folder, _snapshot.open_manifest(files, folder))
 
-        self._saved = Checkpoint.open(Path(path))
+    def begin_tables(self) -> None:
+        """Begin a job of tables alone that was loaded; what tables do before they are used."""
+        if (
+            self._saved is not None
+            and self._layout is None
+            and not self._is_registering
+            and not self._saved.manifest.tensors
+        ):
+            self.register({})
 
     def read_optimizer(self) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, int]]:
         """Return the servers' master copy and optimizer slots, by plane and name, and each tensor's steps."""
         with self._held() as held:
-            checkpoint = self._read(held)
+            planes = self._read(held)
+        layout = Layout(held.tensors)
         names = [spec.name for spec in held.tensors]
-        return checkpoint.planes, dict(zip(names, checkpoint.steps, strict=True))
+        return {plane: layout.master_views(lanes) for plane, lanes in planes.items()}, dict(
+            zip(names, held.steps, strict=True)
+        )
 
     def write_optimizer(self, planes: Mapping[str, Mapping[str, np.ndarray]], steps: Mapping[str, int]) -> None:
         """Replace what `read_optimizer` returns, then pull."""
@@ -425,25 +638,23 @@ class Session:
             self._ask(Initialised(0, tuple(steps.get(spec.name, 0) for spec in layout.specs)), Registered)
         self.pull_parameters()
 
-    def _read(self, held: Held) -> Checkpoint:
-        """Collect every plane from every server while commits are held."""
-        if not held.tensors or held.optimizer is None:
+    def _read(self, held: Held) -> Planes:
+        """Collect every plane from every server while commits are held, flat, by lane."""
+        if not held.tensors and not held.tables:
             raise UsageError("Expected a job with registered parameters, got one that has none yet.")
-        from headwater._checkpoint import Checkpoint
-
         layout = Layout(held.tensors)
-        planes: dict[str, dict[str, np.ndarray]] = {}
-        for plane in ("master", *held.optimizer.slots):
-            planes[plane] = layout.empty_master()
-            count = len(self._peers.addresses)
+        planes: dict[str, list[np.ndarray]] = {}
+        count = len(self._peers.addresses)
+        for plane in ("master", *held.optimizer.slots) if held.optimizer is not None else ():
+            planes[plane] = whole = layout.part(0, 1).new_plane()
             for i in range(count):
                 part = layout.part(i, count)
-                raw = np.empty(part.master_bytes, np.uint8)
                 connection = self._peers.control if i == 0 else self._peers.open("data", i)[0]
+                raw = np.empty(part.master_bytes, np.uint8)
                 connection.send(Pull(plane))
                 self._peers.receive(connection, Pulled, memoryview(raw))
-                part.scatter(raw, planes[plane])
-        return Checkpoint(planes, held.steps, held.commit, dict(self._ask(StateGet(), State).items), held.optimizer)
+                part.spread(raw, whole)
+        return planes
 
     def _put_planes(self, planes: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         _, dense = self._require_registered()
@@ -454,11 +665,23 @@ class Session:
     def _held(self) -> Iterator[Held]:
         """Keep the job's commits waiting."""
         held = self._ask(Hold(), Held)
+        self._held_s = time.monotonic()
+        self._is_holding = True
         try:
             yield held
         finally:
+            self._is_holding = False
             if not self._is_closed:
                 self._ask(Resume(), Done)
+
+    def _keep_holding(self, held: Held) -> None:
+        """Hold on for as long as it takes. Raises WaitTimeoutError when commits have gone on all the same."""
+        if time.monotonic() - self._held_s > _limits.HOLD_S / 4:
+            self._held_s = time.monotonic()
+            if self._ask(Hold(), Held).commit != held.commit:
+                raise WaitTimeoutError(
+                    f"Expected to read a state within {_limits.HOLD_S} s, got one that changes: save again."
+                )
 
     def close(self) -> None:
         """Leave the job: nobody waits for this worker any more. A push that was sealed still counts."""
@@ -491,8 +714,97 @@ class Session:
         self._require_open()
         if self._is_pending:
             self.wait()
+        return self._surviving(lambda: self._ask_once(message, answer))
+
+    def _ask_once(self, message: AnyMessage, answer: type[_M]) -> _M:
         self._peers.control.send(message)
         return self._peers.receive(self._peers.control, answer)[0]
+
+    # When a connection ends.
+
+    def _surviving(self, act: Callable[[], _M]) -> _M:
+        """Do something that may be done twice; where a connection ends and the job is durable, come back and do it again."""
+        while True:
+            try:
+                return act()
+            except PeerLostError as error:
+                self._come_back(error)
+
+    def _come_back(self, error: PeerLostError) -> None:
+        """A connection has ended: make all of them again, and say again what did not count. Raises `error` where the job is not durable."""
+        if self._is_closed or not self._peers.is_durable or self._is_holding:
+            if self._layout is not None:
+                self.close()
+            raise error
+        deadline = time.monotonic() + self._peers.timeout_s
+        while True:
+            try:
+                self._return()
+                return
+            except (PeerLostError, UnreachableError, WaitTimeoutError) as again:
+                if time.monotonic() > deadline or not _has_launcher():
+                    self.close()
+                    raise again from error
+                time.sleep(_limits.AGAIN_S)
+            except BaseException:
+                self.close()
+                raise
+
+    def _return(self) -> None:
+        """Connect as the same worker, and go on where the job is."""
+        peers = self._peers
+        self.index = peers.reconnect(self.index).index
+        tables = self._tables
+        if tables is not None:
+            for table in tables:
+                self._ask_once(table.declaration(), Declared)
+            tables.attach_again()
+        if self._layout is None or self._dense is None or self._optimizer is None:
+            if tables is not None:
+                tables.resume(stages=True)
+            return
+        dense = self._dense
+        answer = self._ask_once(Register(self._layout.specs, self._optimizer), Registered)
+        if answer.initialise:  # the servers died before anything was kept: these values are the initial ones again
+            values = {name: array.copy() for name, array in self.parameters.items()}
+            dense.attach_again(0)
+            dense.put("parameters", values)
+            answer = self._ask_once(Initialised(), Registered)
+        dense.attach_again(answer.side)
+        is_current = not answer.went_back
+        if self.consistency.kind == "bsp":  # a gradient of another clock is of no use
+            has_counted = self._is_pending and answer.answered == self._sequence
+            is_current = is_current and (answer.clock == self.clock or has_counted)
+        if tables is not None:
+            tables.resume(stages=is_current)
+        if is_current:
+            if self._is_pending:
+                dense.send(self._seal, pull=self._wants_pull)
+            return
+        self._tell_lost(answer)
+        for data in self._leased.values():
+            data.rolled_back()
+        peers.clock, self._commit = answer.clock, answer.commit
+        self._is_void = not self._is_pending  # what is being computed is from a state that is no more
+        self._is_pending = False
+
+    def _tell_lost(self, answer: Registered) -> None:
+        lost = max(self._commit - answer.commit, 0)
+        self.lost += lost
+        if answer.went_back:
+            warn(
+                f"a server was started again: the job is at commit {answer.commit}, of what this worker knew {lost} commits are lost"
+            )
+        else:
+            warn(
+                f"this worker was taken for dead: its push of clock {self.clock} counts nowhere; it goes on at clock {answer.clock}"
+            )
+
+    def _drop_step(self) -> None:
+        """The step has counted, or counts nowhere."""
+        self._is_void = False
+        if self._tables is not None:
+            self._tables.drop_step()
 
     def _require_open(self) -> None:
         if self._pid != os.getpid():
@@ -529,6 +841,10 @@ def connect_session(
     $HEADWATER_TRANSPORT, or auto. token: default
     $HEADWATER_TOKEN. timeout_s: how long any wait may last; past it a WaitTimeoutError says for whom.
 
+    SIGTERM, by which a machine says that it is taken away, then ends a worker's process as the end of its script does, with exit status
+    143: what is sealed counts, the session is closed, and after _limits.TERMINATE_S the process is killed. That holds where the script
+    has no handler of its own and connects in the main thread; Python runs handlers there, between two of its instructions.
+
     Raises UnreachableError, AuthenticationError, SettingError.
     """
     transport = transport or os.environ.get("HEADWATER_TRANSPORT") or "auto"
@@ -545,9 +861,20 @@ def connect_session(
         label=f"{socket.gethostname()}:{os.getpid()}",
     )
     target = Address.parse(text) if text else None
+    if target is not None and role == "worker":
+        _exit_on_sigterm()
     if target is not None and target.kind == "tcp" and target.is_local and transport != "tcp":
         target = nearest(target, hello, timeout_s)
     return Session(target, hello=hello, transport=transport, timeout_s=timeout_s)
+
+
+def _has_launcher() -> bool:
+    """Whether there is anybody to start a server of this job again: `headwater run` lives, or it was never there."""
+    launcher = _environment_number("HEADWATER_LAUNCHER", 0)
+    try:
+        return not launcher or Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def _environment_number(name: str, default: int) -> int:
@@ -569,8 +896,24 @@ def _close_all() -> None:
         session.close()
 
 
+def _exit_on_sigterm() -> None:
+    """Let SIGTERM raise SystemExit in the main thread, unless it has a meaning already."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _exit)
+
+
+def _exit(number: int, _: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(_limits.TERMINATE_S)  # not a thread of Python's: that would wait for whoever holds the interpreter
+    raise SystemExit(128 + number)
+
+
 def _close_in_child() -> None:
     """A forked child must not keep the parent's connections open: its death would go unnoticed."""
+    if signal.getsignal(signal.SIGTERM) is _exit:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for session in list(_open_sessions):
         session.abandon()
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
 
+import msgspec
 import numpy as np
 
 from headwater import _kernels, _limits
@@ -45,7 +47,9 @@ from headwater._messages import (
     Track,
     WarmRows,
 )
-from headwater._rows import batch_bytes, buckets_of, join_page, page_bytes, rows_at, split_page, too_many
+from headwater._rows import WholeRows, batch_bytes, buckets_of, join_page, page_bytes, rows_at, split_page, too_many
+
+_W = TypeVar("_W")
 
 
 class Part(NamedTuple):
@@ -63,7 +67,7 @@ class Rows:
         self.spec, policy = request.spec, request.spec.policy
         self.step = 0
         self._threads, self._level = threads, level
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()  # what holds it keeps rows as they are
         self._checked: tuple[float, ...] | None = None  # scalars found valid last
         with self._host():
             self.kernel = _kernels.Table(
@@ -121,11 +125,16 @@ class Rows:
             self.spec.optimizer.check(dict(zip(names, scalars, strict=True)))
             self._checked = scalars
 
-    def push(self, part: Part, *, pieces: int = 1) -> None:
-        """Let each row make one step. On a StorageError or SettingError nothing has changed, or some of the pieces."""
+    def push(
+        self, part: Part, *, now: float | None = None, pieces: int = 1, note: Callable[[float], _W] | None = None
+    ) -> _W | None:
+        """Let each row make one step. On a StorageError or SettingError nothing has changed, or some of the pieces.
+
+        note: called in the order of application, with the time; what it returns is returned.
+        """
         optimizer = self.spec.optimizer
-        with self._lock, self._host():
-            now, step = time.time(), self.step + 1
+        with self.lock, self._host():
+            now, step = time.time() if now is None else now, self.step + 1
             row = np.array(optimizer.row(dict(zip(optimizer.scalar_names, part.scalars, strict=True)), step))
             for ids, gradients in zip(
                 np.array_split(part.ids, pieces), np.array_split(part.gradients, pieces), strict=True
@@ -133,9 +142,10 @@ class Rows:
                 self.kernel.push(ids, gradients, row, step=step, now=now)
             self.step = step
             self.kernel.sweep(step=step, now=now)
+            return note(now) if note is not None else None
 
-    def commit(self, parts: Sequence[Part], shares: Sequence[float]) -> None:
-        """Make one step of the parts' mean."""
+    def mean(self, parts: Sequence[Part], shares: Sequence[float]) -> Part:
+        """Return Σ shares·gradients for every row that any part has."""
         whole = parts[0]
         if len(parts) > 1 or shares[0] != 1.0:
             ids = np.concatenate([part.ids for part in parts])
@@ -145,18 +155,44 @@ class Rows:
             gradients = np.concatenate([part.gradients for part in parts])
             _kernels.sum_rows(gradients, inverse, total, weights=weights, threads=self._threads, level=self._level)
             whole = Part(distinct, total, whole.scalars)
+        return whole
+
+    def commit(self, whole: Part, now: float | None = None) -> None:
+        """Make one step of a mean."""
         # Each push fits the budget, all of them together need not.
         pieces = -(-len(whole.ids) // self.rows_max) if self.rows_max else 1
-        self.push(whole, pieces=max(pieces, 1))
+        self.push(whole, now=now, pieces=max(pieces, 1))
 
-    def put(self, request: PagePut, page: np.ndarray) -> None:
-        """Write a page of whole rows."""
+    def begin(self, step: int) -> None:
+        """Be at a step, before rows are put back."""
+        self.step = step
+
+    def restore(self, rows: WholeRows) -> None:
+        """Put back rows that were saved at this step."""
+        with self.lock, self._host():
+            for i in range(0, len(rows.ids), _limits.PAGE_ROWS):
+                ids, last_seen, values, counts = (column[i : i + _limits.PAGE_ROWS] for column in rows)
+                self.kernel.put(ids, values, counts, last_seen, step=max(self.step, 1), now=time.time())
+
+    def changes_since(self, consumer: str) -> Iterator[RowChanges]:
+        """Yield all that has changed since the consumer last asked, piece by piece; the first time that is everything."""
+        more = True
+        while more:
+            with self._host():
+                ids, rows, counts, last_seen, deleted, _, restart, more = self.kernel.changes(
+                    consumer, _limits.PAGE_ROWS
+                )
+            yield RowChanges(deleted, WholeRows(ids, last_seen, rows, counts), restart)
+
+    def put(self, request: PagePut, page: np.ndarray, note: Callable[[float], _W] | None = None) -> _W | None:
+        """Write a page of whole rows. note: as with `push`."""
         ids, last_seen, rows, counts = split_page(page, request.count, self.spec.width)
-        with self._lock, self._host():
+        with self.lock, self._host():
             self.step, now = max(self.step, request.step), time.time()
             seen_now = self.step if self.spec.policy.expire_s is None else int(now)
             last_seen = np.where(last_seen < 0, seen_now, last_seen)
             self.kernel.put(ids, rows, counts, last_seen, step=max(self.step, 1), now=now)
+            return note(now) if note is not None else None
 
     def page(self, request: PageGet) -> Answer:
         """Return the next rows."""
@@ -172,13 +208,37 @@ class Rows:
     def changes(self, request: ChangesGet) -> Answer:
         """Return what has changed since the consumer last asked."""
         with self._host():
-            ids, rows, deleted, restart, more = self.kernel.changes(request.consumer, request.limit)
+            ids, rows, _, _, deleted, _, restart, more = self.kernel.changes(request.consumer, request.limit)
         return Answer(Changed(len(ids), len(deleted), restart, more), join_page(ids, deleted, rows))
 
     def stats(self) -> TableStats:
         """Return what this server has of the table."""
         found = {**self.kernel.stats(), "step": self.step}
         return TableStats(*(found[name] for name in TableStats.__struct_fields__))
+
+
+class RowChanges(NamedTuple):
+    """What has changed of a table."""
+
+    deleted: np.ndarray  # int64 (m,)
+    rows: WholeRows
+    restart: bool  # everything before this is to be dropped
+
+
+class Pushed(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A push that counts at once, as it is written down."""
+
+    identity: int
+    table: int
+    sequence: int
+    scalars: tuple[float, ...]
+    now: float
+
+
+class Note(Protocol):
+    """Writes down what is about to be acknowledged, in the order of application; returns what waits until that survives."""
+
+    def __call__(self, record: Pushed | PagePut, arrays: Sequence[np.ndarray]) -> Callable[[], None]: ...
 
 
 class Answer(NamedTuple):
@@ -202,8 +262,10 @@ class Tables:
         self._threads, self._level = threads, level
         self.lock = threading.Lock()
         self.tables: dict[int, Rows] = {}
+        self.note: Note | None = None
+        self.sequences: dict[tuple[int, int], int] = {}  # by identity and table, of the last push that counted at once
         self._desks: dict[int, Desk] = {}  # by identity
-        self._gathered: tuple[Gather, dict[int, list[tuple[Part, float]]]] | None = None
+        self._gathered: tuple[Gather, list[tuple[int, Part]], float] | None = None
 
     # What the coordinator says.
 
@@ -237,8 +299,16 @@ class Tables:
                     if parts and parts[0][0].scalars != staged.part.scalars:
                         return Prepared((0, i, -2, staged.table))
                     parts.append((staged.part, share))
-            self._gathered = request, found
+            means = [
+                (table, self.tables[table].mean(*zip(*parts, strict=True))) for table, parts in sorted(found.items())
+            ]
+            self._gathered = request, means, time.time()
         return Prepared()
+
+    def gathered(self) -> tuple[list[tuple[int, Part]], float]:
+        """Return what counts with the next flip, by table, and its time."""
+        with self.lock:
+            return ([], 0.0) if self._gathered is None else self._gathered[1:]
 
     def _flip(self) -> None:
         """Let what was gathered count, and forget what was staged up to these steps."""
@@ -250,8 +320,8 @@ class Tables:
                 desk = self._desks.get(identity)
                 if desk is not None:
                     desk.staged = [staged for staged in desk.staged if staged.step > step]
-        for table, parts in sorted(gathered[1].items()):
-            self.tables[table].commit(*zip(*parts, strict=True))
+        for table, whole in gathered[1]:
+            self.tables[table].commit(whole, gathered[2])
 
     def _detach(self, identity: int) -> None:
         """A worker is gone: what it has staged counts nowhere, and nothing more is taken from it."""
@@ -264,12 +334,33 @@ class Tables:
     # What workers say.
 
     def desk(self, identity: int) -> Desk:
-        """Return where a worker is served, on the one connection that it has for it."""
+        """Return where a worker is served, on the one connection that it has for it; a later connection takes its place."""
         with self.lock:
-            if identity in self._desks:
-                raise ProtocolError("Expected one connection for tables per worker, got another.")
+            before = self._desks.get(identity)
             desk = self._desks[identity] = Desk(self, identity)
+            if before is not None:
+                before.is_gone = True
             return desk
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Keep all rows as they are, and what is written down of them."""
+        with ExitStack() as stack:
+            for _, rows in sorted(self.tables.items()):
+                stack.enter_context(rows.lock)
+            yield
+
+    def has_counted(self, identity: int, table: int, sequence: int) -> bool:
+        """Whether a push that counts at once has done so. The longest silent workers are forgotten."""
+        return sequence <= self.sequences.get((identity, table), -1)
+
+    def count(self, identity: int, table: int, sequence: int) -> None:
+        """Note that a push has counted."""
+        with self.lock:
+            self.sequences.pop((identity, table), None)
+            self.sequences[identity, table] = sequence
+            while len(self.sequences) > _limits.SEQUENCES:
+                del self.sequences[next(iter(self.sequences))]
 
     def leave(self, desk: Desk) -> None:
         """The worker's connection has ended. What belongs to a step that it sealed still counts."""
@@ -286,7 +377,7 @@ class Desk:
         self._tables, self.identity = tables, identity
         self.is_gone = False
         self.staged: list[_Staged] = []
-        self._sequences: dict[int, int] = {}  # of the last push, by table
+        self._sequences: dict[int, int] = {}  # of the last push that was staged, by table
         self.give_up_rooms()
 
     def give_up_rooms(self) -> None:
@@ -330,7 +421,12 @@ class Desk:
             case PagePut():
                 if payload is None and request.count:
                     raise ProtocolError("Expected PagePut with a payload, got none.")
-                self._table(request.table).put(request, np.empty(0, np.uint8) if payload is None else payload)
+                page = np.empty(0, np.uint8) if payload is None else payload
+                write = self._tables.note
+                note = None if write is None else partial(_note_page, write, request, page)
+                wait = self._table(request.table).put(request, page, note)
+                if wait is not None:
+                    wait()
             case ChangesGet():
                 answer = self._table(request.table).changes(request)
             case Track():
@@ -361,7 +457,9 @@ class Desk:
                 raise ProtocolError(
                     "Expected a push from a worker of this job, got one from a worker that has left it."
                 )
-            if request.sequence <= self._sequences.get(request.table, -1):
+            if request.sequence <= self._sequences.get(request.table, -1) or self._tables.has_counted(
+                self.identity, request.table, request.sequence
+            ):
                 return  # it has counted already
             if rows.spec.is_staged:
                 if len(self.staged) >= _limits.STAGED_PUSHES:
@@ -370,9 +468,20 @@ class Desk:
                         f"with session.step() or optimizer.step(); or declare table {rows.spec.name!r} with hw.asp()."
                     )
                 self.staged.append(_Staged(request.table, request.step, part))
-        if not rows.spec.is_staged:
-            rows.push(part)
-        self._sequences[request.table] = request.sequence
+                self._sequences[request.table] = request.sequence
+                return
+        write = self._tables.note
+
+        def note(now: float) -> Callable[[], None] | None:
+            self._tables.count(self.identity, request.table, request.sequence)
+            if write is None:
+                return None
+            record = Pushed(self.identity, request.table, request.sequence, part.scalars, now)
+            return write(record, (part.ids, part.gradients))
+
+        wait = rows.push(part, note=note)
+        if wait is not None:
+            wait()
 
     def _make_room(self, request: Room, *, can_share: bool) -> Answer:
         if not 0 <= request.room <= _limits.TABLES or not 0 < request.size <= _limits.ROOM_BYTES:
@@ -413,3 +522,7 @@ class Desk:
         if rows is None:
             raise ProtocolError(f"Expected a table that is declared, got number {number}.")
         return rows
+
+
+def _note_page(write: Note, request: PagePut, page: np.ndarray, _: float) -> Callable[[], None]:
+    return write(request, (page,))

@@ -55,6 +55,10 @@ class Connection(Protocol):
     can_share: bool  # whether file descriptors can travel, that is: both ends are on one machine
     peer: str  # for people
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the other end is closed already, read or not: a process that dies closes its ends."""
+
     def send(self, message: AnyMessage, payload: memoryview | None = None, fds: Sequence[int] = ()) -> None:
         """Send; `payload` may be reused on return. Raises PeerLostError."""
 
@@ -112,6 +116,14 @@ class SocketConnection:
     def fileno(self) -> int:
         """Return the socket's descriptor."""
         return self._socket.fileno()
+
+    @property
+    def has_ended(self) -> bool:
+        poll = select.poll()
+        if self._socket.fileno() < 0:
+            return True
+        poll.register(self._socket, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     @property
     def own_host(self) -> str:
@@ -356,6 +368,10 @@ class MemoryConnection:
                     for fd in item[2]:
                         os.close(fd)
             self._inbox.put(None)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._is_closed
 
     def abandon(self) -> None:
         """In a forked child the other end's thread does not exist."""

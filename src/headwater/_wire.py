@@ -16,7 +16,7 @@ from headwater import _limits
 from headwater._errors import ProtocolError
 
 MAGIC = b"HW"
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 16
 _HEADER = struct.Struct("<2sBBIQ")
 

@@ -112,6 +112,7 @@ class Optimizer(torch.optim.Optimizer):
         self._gradients = [_to_torch(self.session.gradients[n], d) for n, d in zip(names, dtypes, strict=True)]
         self._sides: list[list[torch.Tensor]] = []
         self._bind(first=True)
+        self.session.moved = self._bind
 
     def _current(self) -> list[torch.Tensor]:
         """Return the parameters of the session's current side."""

@@ -35,8 +35,8 @@ void on_fault(int signal, siginfo_t* info, void* context) {
     for (Guard& guard : guards) {
       uint8_t* data = guard.data.load();
       if (data == nullptr || at < data || at >= data + guard.bytes.load()) continue;
-      guard.is_written.store(true);
       if (mprotect(data, static_cast<size_t>(guard.bytes.load()), PROT_READ | PROT_WRITE) == 0) {
+        guard.is_written.store(true);  // not before: whoever clears the note then guards anew, and the write comes back here
         errno = error;
         return;
       }
@@ -103,7 +103,7 @@ void check(const std::vector<int>& fds, const std::vector<int64_t>& sizes) {
 }  // namespace
 
 Arena::Arena(const std::vector<int>& fds, const std::vector<int64_t>& sizes, bool is_private)
-    : can_discard_(is_private && !fds.empty()) {
+    : files_(fds.size()), can_discard_(is_private && !fds.empty()) {
   check(fds, sizes);
   for (const int64_t size : sizes) bytes_ += size;
   const bool anonymous = fds.empty();
@@ -112,16 +112,11 @@ Arena::Arena(const std::vector<int>& fds, const std::vector<int64_t>& sizes, boo
   if (base == MAP_FAILED) fail("mmap");
   data_ = static_cast<uint8_t*>(base);
   if (anonymous) madvise(base, static_cast<size_t>(bytes_), MADV_HUGEPAGE);  // fewer page faults and misses, where the system has them
-  uint8_t* at = data_;
-  for (size_t i = 0; i < fds.size(); i++) {
-    if (mmap(at, static_cast<size_t>(sizes[i]), PROT_READ | PROT_WRITE, MAP_FIXED | (is_private ? MAP_PRIVATE : MAP_SHARED),
-             fds[i], 0) == MAP_FAILED) {
-      const int error = errno;
-      munmap(data_, static_cast<size_t>(bytes_));
-      errno = error;
-      fail("mmap");
-    }
-    at += sizes[i];
+  try {
+    map_files(data_, fds, sizes, PROT_READ | PROT_WRITE);
+  } catch (...) {
+    munmap(data_, static_cast<size_t>(bytes_));
+    throw;
   }
   if (!can_discard_) return;
   install_handler();
@@ -132,6 +127,42 @@ Arena::Arena(const std::vector<int>& fds, const std::vector<int64_t>& sizes, boo
 Arena::~Arena() {
   if (guard_ >= 0) guards[guard_].data.store(nullptr);
   munmap(data_, static_cast<size_t>(bytes_));
+}
+
+void Arena::map_files(uint8_t* at, const std::vector<int>& fds, const std::vector<int64_t>& sizes, int access) const {
+  for (size_t i = 0; i < fds.size(); i++) {
+    if (mmap(at, static_cast<size_t>(sizes[i]), access, MAP_FIXED | (can_discard_ ? MAP_PRIVATE : MAP_SHARED), fds[i], 0) == MAP_FAILED) fail("mmap");
+    at += sizes[i];
+  }
+}
+
+void Arena::remap(const std::vector<int>& fds, const std::vector<int64_t>& sizes) {
+  check(fds, sizes);
+  int64_t total = 0;
+  for (const int64_t size : sizes) total += size;
+  if (files_ == 0 || fds.size() != files_ || total != bytes_) {
+    throw std::invalid_argument("Expected " + std::to_string(files_) + " files of " + std::to_string(bytes_) + " bytes together, got " +
+                                std::to_string(fds.size()) + " of " + std::to_string(total) + ".");
+  }
+  const size_t bytes = static_cast<size_t>(bytes_);
+  const int access = guard_ >= 0 ? PROT_READ : PROT_READ | PROT_WRITE;
+  // Elsewhere first: what cannot be mapped is found out while nothing is lost.
+  void* trial = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (trial == MAP_FAILED) fail("mmap");
+  try {
+    map_files(static_cast<uint8_t*>(trial), fds, sizes, PROT_READ | PROT_WRITE);
+  } catch (...) {
+    munmap(trial, bytes);
+    throw;
+  }
+  munmap(trial, bytes);
+  if (guard_ >= 0) guards[guard_].is_written.store(false);
+  try {
+    map_files(data_, fds, sizes, access);
+  } catch (...) {
+    if (guard_ >= 0) guards[guard_].is_written.store(true);  // some may still be what was written before
+    throw;
+  }
 }
 
 bool Arena::discard_private() {

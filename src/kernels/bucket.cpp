@@ -286,8 +286,9 @@ void Bucket::log_deleted(int64_t id) {
   if (shape_->followers == 0) return;
   const int64_t limit = shape_->deleted_max >= 0 ? shape_->deleted_max : std::max(kDeletedMin, entries() / 8);
   if (static_cast<int64_t>(deleted.size()) >= limit) {
-    deleted_start += deleted.size();
-    deleted.clear();
+    const size_t older = (deleted.size() + 1) / 2;
+    deleted_start += older;
+    deleted.erase(deleted.begin(), deleted.begin() + static_cast<int64_t>(older));
   }
   if (deleted.capacity() == 0 && shape_->deleted_max >= 0) deleted.reserve(static_cast<size_t>(limit));
   if (limit > 0) deleted.push_back(id);

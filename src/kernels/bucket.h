@@ -122,6 +122,13 @@ struct Unit {
   bool is_moving = false;
   // Of consumers: whose marks in the rows hold still; for whom all rows are marked; for whom some may be.
   uint8_t valid = 0, all = 0, some = 0;
+
+  void unmark(uint32_t mark) {
+    const uint8_t others = static_cast<uint8_t>(~mark);
+    valid &= others;
+    all &= others;
+    some &= others;
+  }
 };
 
 // A unit that is about to be written: rows of a sparse unit first, then rows from memory.
@@ -227,7 +234,7 @@ class alignas(64) Bucket {
   Candidates candidates;
 
   // The ids of rows that are gone, for whoever follows: their numbers in the stream begin with deleted_start. When the log is
-  // full it begins anew, and whoever has not read it all must start over.
+  // full its older half goes, and whoever has not read that must start over.
   std::vector<int64_t> deleted;
   uint64_t deleted_start = 0;
   uint64_t read_to[kConsumersMax] = {};

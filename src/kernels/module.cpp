@@ -233,7 +233,7 @@ std::vector<std::string> simd_levels() {
 
 nb::object apply(const std::string& optimizer_name, int flags, const std::string& wire_name, nb::handle source,
                  nb::handle target, nb::handle commits, int threads, const std::string& level_name,
-                 std::optional<std::pair<int64_t, int64_t>> blocks, nb::handle sums) {
+                 std::optional<std::pair<int64_t, int64_t>> blocks, nb::handle sums, bool check) {
   const WireName& wire = wire_of(wire_name);
   const OptimizerName& optimizer = optimizer_of(optimizer_name, flags);
   const Level& level = level_of(level_name);
@@ -302,6 +302,7 @@ nb::object apply(const std::string& optimizer_name, int flags, const std::string
     }
   }
   // Commits after the first read the target again: for them it had better be in the cache.
+  pass.is_checked = check;
   pass.streamed = plain.size() == 1 && 2 * bytes > kStreamedBytes;
 
   Found found;
@@ -341,6 +342,25 @@ nb::object square_sums(const std::string& wire_name, nb::handle runs, nb::handle
   nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<double*>(p); });
   sums.release();
   return nb::cast(nb::ndarray<nb::numpy, double, nb::ndim<1>>(data, {static_cast<size_t>(blocks)}, owner));
+}
+
+void aggregate(const std::string& wire_name, nb::handle runs, nb::handle contributions, nb::handle coefficients, nb::handle out_object,
+               int threads, const std::string& level_name) {
+  const WireName& wire = wire_of(wire_name);
+  const Level& level = level_of(level_name);
+  threads_of(threads);
+  const Buffer out(out_object, wire.master_formats, wire.master_item, true, "out");
+  const int64_t elements = out.bytes() / wire.master_item;
+  const CommitBuffers held(runs, nb::handle(), contributions, coefficients, wire, elements, -1);
+  for (const Buffer& gradient : held.gradients()) {
+    if (overlap(out, gradient)) refuse("The output overlaps a contribution.");
+  }
+  const bool streamed = 2 * out.bytes() > kStreamedBytes;
+  nb::gil_scoped_release released;
+  run_tasks((elements + kBlock - 1) / kBlock, elements < kAlone ? 1 : threads, [&](int64_t block) {
+    level.aggregate(wire.wire, held.commit(), elements, out.data(), streamed, block);
+    return true;
+  });
 }
 
 // Any element type: only the bytes matter.
@@ -428,15 +448,18 @@ NB_MODULE(_kernels, m) {
   m.attr("BLOCK") = kBlock;
   m.def("simd_levels", &simd_levels);
   m.def("apply", &apply, "optimizer"_a, "flags"_a, "wire"_a, "source"_a, "target"_a, "commits"_a, nb::kw_only(),
-        "threads"_a, "level"_a, "blocks"_a = nb::none(), "sums"_a = nb::none());
+        "threads"_a, "level"_a, "blocks"_a = nb::none(), "sums"_a = nb::none(), "check"_a = true);
   m.def("square_sums", &square_sums, "wire"_a, "runs"_a, "contributions"_a, "coefficients"_a, nb::kw_only(),
         "threads"_a, "level"_a);
+  m.def("aggregate", &aggregate, "wire"_a, "runs"_a, "contributions"_a, "coefficients"_a, "out"_a, nb::kw_only(), "threads"_a,
+        "level"_a);
   m.def("copy", &copy, "target"_a, "source"_a, nb::kw_only(), "threads"_a = 1);
   m.def("convert", &convert, "target"_a, "target_dtype"_a, "source"_a, "source_dtype"_a);
 
   nb::class_<Arena>(m, "Arena")
       .def(nb::init<const std::vector<int>&, const std::vector<int64_t>&, bool>(), "fds"_a, "sizes"_a, nb::kw_only(), "private"_a)
       .def_prop_ro("array", &arena_array)
+      .def("remap", &Arena::remap, "fds"_a, "sizes"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("discard_private", &Arena::discard_private, nb::call_guard<nb::gil_scoped_release>());
 
   nb::class_<Heartbeat>(m, "Heartbeat")

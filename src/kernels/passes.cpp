@@ -639,7 +639,7 @@ bool apply_run(const Pass& pass, int64_t index, const Run& run, int64_t start, i
   for (int64_t at = start; at < stop; at += piece) {
     const int64_t n = least(piece, stop - at);
     if (g.count == 0) {
-      if (aggregate<W>(commit, coefficients, at, n, gradient)) return false;
+      if (aggregate<W>(commit, coefficients, at, n, gradient) && pass.is_checked) return false;
       g.aggregated = gradient;
     }
     Planes<T> planes = {};
@@ -654,7 +654,7 @@ bool apply_run(const Pass& pass, int64_t index, const Run& run, int64_t start, i
       put(static_cast<T*>(pass.target[1]) + at, master, n * static_cast<int64_t>(sizeof(T)), pass.streamed);
       narrow_all<W>(wire, master, n);
       put(static_cast<uint16_t*>(pass.target[0]) + at, wire, n * 2, pass.streamed);
-    } else if (!step(scalars, g, planes, n, pass.streamed)) {
+    } else if (!step(scalars, g, planes, n, pass.streamed) && pass.is_checked) {
       return false;
     }
   }
@@ -679,6 +679,33 @@ bool apply_block(const Pass& pass, int64_t block) {
   }
   flush(pass.streamed);
   return true;
+}
+
+// What apply_run hands to the optimizer, written to memory instead.
+template <class W>
+void aggregate_block(const Commit& commit, int64_t elements, typename W::Master* out, bool streamed, int64_t block) {
+  using T = typename W::Master;
+  const int64_t first = block * kBlock, limit = least(first + kBlock, elements);
+  alignas(64) T gradient[kChunk];
+  for (const Run* run = run_at(commit, first); run < commit.runs + commit.run_count && run->start < limit; run++) {
+    const int64_t start = most(first, run->start), stop = least(limit, run->stop);
+    const double* coefficients = commit.coefficients + (run - commit.runs) * commit.contribution_count;
+    const Gradient<W> g = run->row < 0 ? Gradient<W>{} : directly<W>(commit, coefficients, start);
+    if (g.count > 0) {
+      Planes<T> planes = {};
+      planes.from[0] = reinterpret_cast<const T*>(g.contributions[0]);  // only prefetched
+      planes.to[0] = out + start;
+      run_step<W, Mean<T>>(nullptr, g, planes, stop - start, streamed);
+      continue;
+    }
+    if (run->row < 0) std::memset(gradient, 0, sizeof gradient);
+    for (int64_t at = start; at < stop; at += kChunk) {
+      const int64_t n = least(kChunk, stop - at);
+      if (run->row >= 0) aggregate<W>(commit, coefficients, at, n, gradient);
+      put(out + at, gradient, n * static_cast<int64_t>(sizeof(T)), streamed);
+    }
+  }
+  flush(streamed);
 }
 
 // Four numbers that the compiler keeps in registers.
@@ -817,6 +844,15 @@ double square_sum(Wire wire, const Commit& commit, int64_t elements, int64_t blo
   return 0.0;
 }
 
+void aggregate_gradient(Wire wire, const Commit& commit, int64_t elements, void* out, bool streamed, int64_t block) {
+  switch (wire) {
+    case Wire::float32: return aggregate_block<Float32>(commit, elements, static_cast<float*>(out), streamed, block);
+    case Wire::float64: return aggregate_block<Float64>(commit, elements, static_cast<double*>(out), streamed, block);
+    case Wire::bfloat16: return aggregate_block<BFloat16>(commit, elements, static_cast<float*>(out), streamed, block);
+    case Wire::float16: return aggregate_block<Float16>(commit, elements, static_cast<float*>(out), streamed, block);
+  }
+}
+
 int64_t find_non_finite(Wire wire, const void* values, int64_t start, int64_t stop) {
   switch (wire) {
     case Wire::float32: return find_in<Float32>(values, start, stop);
@@ -849,7 +885,7 @@ void widen(Wire wire, float* target, const void* source, int64_t elements) {
 extern const RowLevel HEADWATER_JOIN(rows_, HEADWATER_LEVEL);
 extern const Level HEADWATER_JOIN(level_, HEADWATER_LEVEL);
 const Level HEADWATER_JOIN(level_, HEADWATER_LEVEL) = {
-    HEADWATER_TEXT(HEADWATER_LEVEL), apply, square_sum, find_non_finite, copy, narrow, widen,
+    HEADWATER_TEXT(HEADWATER_LEVEL), apply, square_sum, aggregate_gradient, find_non_finite, copy, narrow, widen,
     &HEADWATER_JOIN(rows_, HEADWATER_LEVEL),
 };
 

@@ -51,6 +51,7 @@ struct Pass {
   const Commit* commits;
   int64_t commit_count;
   bool streamed;  // write the targets around the cache
+  bool is_checked;  // stop at a contribution that is not finite
 };
 
 // One entry per SIMD level. All levels give the same bits.
@@ -60,6 +61,8 @@ struct Level {
   bool (*apply)(const Pass& pass, int64_t block);
   // Returns the sum of squares of the aggregated gradient of one block.
   double (*square_sum)(Wire wire, const Commit& commit, int64_t elements, int64_t block);
+  // Writes the aggregated gradient of one block to `out`, of the master dtype: zero where nobody contributes.
+  void (*aggregate)(Wire wire, const Commit& commit, int64_t elements, void* out, bool streamed, int64_t block);
   // Returns the first non-finite element of [start, stop), or -1.
   int64_t (*find_non_finite)(Wire wire, const void* values, int64_t start, int64_t stop);
   void (*copy)(void* target, const void* source, int64_t bytes, bool streamed);

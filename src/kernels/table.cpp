@@ -406,7 +406,16 @@ void Table::put(const int64_t* ids, int64_t count, const float* rows, const floa
                 int64_t now) {
   std::unique_lock<std::shared_mutex> hold(lock_);
   const uint32_t clock = advance(step, now);
-  if (disk_ != nullptr) gather(ids, count, true);
+  if (disk_ == nullptr) return put_part(ids, count, rows, counts, last_seen, clock);
+  for (int64_t at = 0; at < count;) {
+    const int64_t part = fitting(ids + at, count - at);
+    gather(ids + at, part, true);
+    put_part(ids + at, part, rows + at * width(), counts + at, last_seen + at, clock);
+    at += part;
+  }
+}
+
+void Table::put_part(const int64_t* ids, int64_t count, const float* rows, const float* counts, const int64_t* last_seen, uint32_t clock) {
   visit(ids, count, rows, width(), [&](Bucket& bucket, uint64_t hash, int64_t i, const Bucket::Sight& sight) {
     bool is_new;
     Header& row = *obtain(bucket, hash, ids[i], sight, clock, true, &is_new).row;
@@ -455,6 +464,9 @@ void Table::copy_row(const Header& header, const float* values, int64_t width, R
 Rows Table::export_rows(int64_t cursor, int64_t limit) {
   std::unique_lock<std::shared_mutex> hold(lock_);  // counts are brought up to date
   Rows found;
+  int64_t rows = 0;
+  for (const Bucket& bucket : buckets_) rows += bucket.rows() + bucket.spilled();
+  found.reserve(std::min(limit, rows), width());
   int64_t from = cursor & 0xffffffff;
   for (int64_t b = cursor >> 32; b < kBuckets; b++, from = 0) {
     Bucket& bucket = buckets_[static_cast<size_t>(b)];
@@ -489,7 +501,7 @@ bool Table::track(const std::string& consumer) {
   if (c < 0) c = consumer_of("");
   if (c < 0) return false;
   consumers_[c] = consumer;
-  progress_[c] = {true, -1};
+  progress_[c] = {true, 0, 0};
   shape_.followers |= 1u << c;
   return true;
 }
@@ -512,18 +524,25 @@ bool Table::changes(const std::string& consumer, int64_t limit, Changes* changes
   std::unique_lock<std::shared_mutex> hold(lock_);
   const int c = consumer_of(consumer);
   if (c < 0) return false;
+  if (!follow(c, limit, changes)) {
+    *changes = {};
+    progress_[c] = {true, 0, 0};
+    follow(c, limit, changes);
+  }
+  return true;
+}
+
+// False: the log of deletions has overtaken the consumer on the way.
+bool Table::follow(int c, int64_t limit, Changes* changes) {
   const uint32_t mark = 1u << c;
   Progress& progress = progress_[c];
-  expire(0, kBuckets);
   for (const Bucket& bucket : buckets_) progress.restart |= bucket.read_to[c] < bucket.deleted_start;
   changes->restart = progress.restart;
+  changes->step = step_;
 
-  for (Bucket& bucket : buckets_) {
+  const auto take_deleted = [&](Bucket& bucket) {
     const uint64_t end = bucket.deleted_start + bucket.deleted.size();
-    if (progress.restart) {
-      for (uint32_t n = 0; n < bucket.used(); n++) bucket.row(n)->marks |= mark;
-      for (uint32_t u = 0; u < bucket.units(); u++) bucket.unit(u).all |= static_cast<uint8_t>(mark);
-    } else {
+    if (!changes->restart) {
       changes->deleted.insert(changes->deleted.end(), bucket.deleted.end() - static_cast<int64_t>(end - bucket.read_to[c]), bucket.deleted.end());
     }
     bucket.read_to[c] = end;
@@ -535,31 +554,45 @@ bool Table::changes(const std::string& consumer, int64_t limit, Changes* changes
       bucket.deleted.clear();
       bucket.deleted_start = end;
     }
+  };
+  // Deletions of all buckets, whatever the limit: so whoever follows never holds a row that is not here, nor more than fit.
+  for (Bucket& bucket : buckets_) {
+    if (progress.restart) {
+      for (uint32_t n = 0; n < bucket.used(); n++) bucket.row(n)->marks |= mark;
+      for (uint32_t u = 0; u < bucket.units(); u++) bucket.unit(u).all |= static_cast<uint8_t>(mark);
+    }
+    take_deleted(bucket);
   }
 
-  const int first = std::max(progress.bucket, 0);
-  progress = {true, -1};  // should this fail, what was taken is lost
-  for (int i = 0; i < kBuckets; i++) {
-    if (static_cast<int64_t>(changes->written.ids.size()) >= limit) {
-      progress.bucket = (first + i) % kBuckets;
-      changes->more = true;
-      break;
-    }
-    changes_of(buckets_[static_cast<size_t>((first + i) % kBuckets)], mark, &changes->written);
+  const Progress begin = progress;
+  progress = {true, 0, 0};  // should this fail, what was taken is lost
+  for (int i = 0; i < kBuckets + (begin.row > 0) && !changes->more; i++) {  // the first one's beginning comes last
+    const int b = (begin.bucket + i) % kBuckets;
+    Bucket& bucket = buckets_[static_cast<size_t>(b)];
+    expire(b, b + 1);
+    if (!changes->restart && bucket.read_to[c] < bucket.deleted_start) return false;
+    take_deleted(bucket);
+    const int64_t end = changes_of(bucket, mark, i == 0 ? begin.row : 0, limit, &changes->written);
+    if (end < 0) continue;
+    progress = {true, b, end};
+    changes->more = true;
   }
   progress.restart = false;
   return true;
 }
 
 // Takes the rows that are marked, and takes the mark from them.
-void Table::changes_of(Bucket& bucket, uint32_t mark, Rows* to) {
-  for (uint32_t n = 0; n < bucket.used(); n++) {
-    Header* row = bucket.row(n);
+int64_t Table::changes_of(Bucket& bucket, uint32_t mark, int64_t from, int64_t limit, Rows* to) {
+  bucket.decay(settings_.decay, static_cast<uint64_t>(step_ / kDecaySteps));
+  for (int64_t n = from; n < bucket.used(); n++) {
+    Header* row = bucket.row(static_cast<uint32_t>(n));
     if (row->is_free() || !(row->marks & mark)) continue;
+    if (static_cast<int64_t>(to->ids.size()) >= limit) return n;
     row->marks &= ~mark;
     copy_row(*row, row->values(), width(), to);
   }
-  if (disk_ != nullptr) changes_spilled(bucket, mark, to);
+  const bool is_all = disk_ == nullptr || changes_spilled(bucket, mark, limit, to);
+  return is_all ? -1 : static_cast<int64_t>(shape_.spill_base);
 }
 
 }  // namespace headwater

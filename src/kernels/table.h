@@ -46,11 +46,20 @@ struct Rows {  // copies of rows
   std::vector<float> counts;
   std::vector<int64_t> last_seen;
   int64_t next = -1;
+
+  void reserve(int64_t count, int64_t width) {
+    const size_t rows = static_cast<size_t>(count);
+    ids.reserve(rows);
+    values.reserve(rows * static_cast<size_t>(width));
+    counts.reserve(rows);
+    last_seen.reserve(rows);
+  }
 };
 
 struct Changes {
   Rows written;
   std::vector<int64_t> deleted;
+  int64_t step = 0;  // of the table, which is what counts are up to date with
   bool restart = false, more = false;
 };
 
@@ -111,12 +120,14 @@ class Table {
   int64_t pull_part(const int64_t* ids, int64_t count, float* out, bool touch, uint32_t clock, std::vector<int64_t>* spilled) const;
   int64_t pull_all(const int64_t* ids, int64_t count, float* out, bool touch, uint32_t clock, bool prefetch, std::vector<int64_t>* spilled) const;
   Found obtain(Bucket& bucket, uint64_t hash, int64_t id, const Bucket::Sight& sight, uint32_t clock, bool admit, bool* is_new);
+  void put_part(const int64_t* ids, int64_t count, const float* rows, const float* counts, const int64_t* last_seen, uint32_t clock);
   template <class Visit>
   void visit(const int64_t* ids, int64_t count, const float* data, int64_t width, Visit visit);
   static void copy_row(const Header& header, const float* values, int64_t width, Rows* to);
   int64_t expire(int first, int limit);
   int consumer_of(const std::string& name) const;
-  void changes_of(Bucket& bucket, uint32_t mark, Rows* to);
+  bool follow(int consumer, int64_t limit, Changes* changes);
+  int64_t changes_of(Bucket& bucket, uint32_t mark, int64_t from, int64_t limit, Rows* to);  // -1, or where it ended at the limit
 
   // ---- spilling (table_spill.cpp) ----
   struct Need;
@@ -127,12 +138,14 @@ class Table {
   void make_room(const std::vector<Need>& needs);
   // Brings rows of ids that are about to be written into memory, with room for those that will be new.
   void gather(const int64_t* ids, int64_t count, bool admit);
+  // How many of the ids, from the first on, can be brought in together: pages come by bucket, so one may get them all.
+  int64_t fitting(const int64_t* ids, int64_t count);
   void unpin(const int64_t* ids, int64_t count);
   int64_t pull_spilled(const int64_t* ids, const std::vector<int64_t>& which, float* out, bool touch, uint32_t clock);
   int64_t erase_spilled(const int64_t* ids, int64_t count);
   int64_t expire_spilled(int first, int limit);
   bool export_spilled(int64_t bucket, int64_t from, int64_t limit, Rows* to);  // false: the limit is reached
-  void changes_spilled(Bucket& bucket, uint32_t mark, Rows* to);
+  bool changes_spilled(Bucket& bucket, uint32_t mark, int64_t limit, Rows* to);  // likewise
   // Reads the units of wants, and calls take(want, stored row) for each whose id is at its place, one at a time.
   template <class Take>
   void read_wanted(const Wants& wants, Take take);
@@ -157,7 +170,8 @@ class Table {
   std::string consumers_[kConsumersMax];  // by bit of `marks`; empty: free
   struct Progress {
     bool restart = false;
-    int bucket = -1;       // where the next call goes on, when there was more
+    int bucket = 0;        // where the next call goes on
+    int64_t row = 0;
   } progress_[kConsumersMax];
 
   std::unique_ptr<Disk> disk_;

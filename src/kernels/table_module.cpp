@@ -304,7 +304,7 @@ class PyTable {
     }
     const int64_t time = seconds(now);
     check_step(step);
-    check_budget(count);
+    if (!table_->settings().spills) check_budget(count);
     nb::gil_scoped_release released;
     table_->put(ids.data(), count, rows.data(), counts.data(), last_seen.data(), step, time);
   }
@@ -361,7 +361,8 @@ class PyTable {
     if (!is_known) refuse_consumer(consumer);
     const size_t count = found.written.ids.size();
     return nb::make_tuple(list_of(std::move(found.written.ids)), array_of(std::move(found.written.values), count, table_->width()),
-                          list_of(std::move(found.deleted)), found.restart, found.more);
+                          list_of(std::move(found.written.counts)), list_of(std::move(found.written.last_seen)),
+                          list_of(std::move(found.deleted)), found.step, found.restart, found.more);
   }
 
   nb::dict stats() {

@@ -201,6 +201,20 @@ void Table::make_room(const std::vector<Need>& needs) {
   for (const Need& need : needs) need.bucket->settle_room(need.entries);
 }
 
+int64_t Table::fitting(const int64_t* ids, int64_t count) {
+  int64_t taken[kBuckets] = {}, room[kBuckets] = {};
+  for (int64_t i = 0; i < count; i++) {
+    const int b = bucket_of(hash_of(ids[i]));
+    if (taken[b] == 0) {
+      const Bucket& bucket = buckets_[static_cast<size_t>(b)];
+      for (room[b] = shape_.chunks_max << shape_.shift; room[b] > 1 && bucket.rows_over(room[b], room[b]) > bucket.rows();) room[b] /= 2;
+      room[b] = std::max<int64_t>(1, room[b] / 2);
+    }
+    if (++taken[b] > room[b]) return i;
+  }
+  return count;
+}
+
 void Table::unpin(const int64_t* ids, int64_t count) {
   for (int64_t i = 0; i < count; i++) {
     const uint64_t hash = hash_of(ids[i]);
@@ -351,10 +365,15 @@ bool Table::export_spilled(int64_t b, int64_t from, int64_t limit, Rows* to) {
   return true;
 }
 
-void Table::changes_spilled(Bucket& bucket, uint32_t mark, Rows* to) {
+bool Table::changes_spilled(Bucket& bucket, uint32_t mark, int64_t limit, Rows* to) {
+  int64_t rows = static_cast<int64_t>(to->ids.size());
+  bool is_all = true;
   std::vector<std::pair<Bucket*, uint32_t>> units;
-  for (uint32_t u = 0; u < bucket.units(); u++) {
-    if (bucket.unit(u).live > 0 && ((bucket.unit(u).some | bucket.unit(u).all) & mark)) units.emplace_back(&bucket, u);
+  for (uint32_t u = 0; u < bucket.units() && is_all; u++) {
+    if (bucket.unit(u).live == 0 || !((bucket.unit(u).some | bucket.unit(u).all) & mark)) continue;
+    is_all = rows < limit;
+    if (is_all) units.emplace_back(&bucket, u);
+    rows += bucket.unit(u).live;
   }
   std::mutex adding;
   read_units(units, [&](int64_t i, const char* buffer) {
@@ -367,12 +386,8 @@ void Table::changes_spilled(Bucket& bucket, uint32_t mark, Rows* to) {
       if (now.marks & mark) copy_row(now, reinterpret_cast<const float*>(stored + 1), width(), to);
     }
   });
-  const uint8_t others = static_cast<uint8_t>(~mark);
-  for (const auto& [where, unit] : units) {
-    bucket.unit(unit).valid &= others;
-    bucket.unit(unit).all &= others;
-    bucket.unit(unit).some &= others;
-  }
+  for (const auto& [where, unit] : units) bucket.unit(unit).unmark(mark);
+  return is_all;
 }
 
 // ---- ahead of time -------------------------------------------------------------------------------------------
