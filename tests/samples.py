@@ -8,6 +8,7 @@ from headwater._layout import TensorSpec
 from headwater._leases import DataSpec, Piece
 from headwater._messages import (
     AnyMessage,
+    Apply,
     Assign,
     Attach,
     Attached,
@@ -22,6 +23,8 @@ from headwater._messages import (
     Done,
     Enroll,
     Failed,
+    FeedLost,
+    FeedTo,
     Flip,
     Flipped,
     Gather,
@@ -95,7 +98,7 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
     (Here(ServerAddress("tcp://[::1]:1", "", "boot/0")), "92a44865726593ad7463703a2f2f5b3a3a315d3a31a0a6626f6f742f30"),
     (
         Welcome(1, 2, bsp(), (ServerAddress("tcp://127.0.0.1:7077", "unix:///s", "boot/0"),)),
-        "96a757656c636f6d65010292a3627370009193b47463703a2f2f3132372e302e302e313a37303737a9756e69783a2f2f2f73a6626f6f742f30c2",
+        "97a757656c636f6d65010292a3627370009193b47463703a2f2f3132372e302e302e313a37303737a9756e69783a2f2f2f73a6626f6f742f30c2c2",
     ),
     (Failed("LayoutError", "Expected é."), "93a64661696c6564ab4c61796f75744572726f72ac457870656374656420c3a92e"),
     (Done(), "91a4446f6e65"),
@@ -155,7 +158,7 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
     (Normed(b"\0\0\0\0\0\0\xf0?"), "92a64e6f726d6564c408000000000000f03f"),
     (Flip(6, True), "93a4466c697006c3"),
     (Flipped(1), "92a7466c697070656401"),
-    (Enroll(ServerAddress("", "unix:///s", "boot/0")), "93a6456e726f6c6c93a0a9756e69783a2f2f2f73a6626f6f742f30ff"),
+    (Enroll(ServerAddress("", "unix:///s", "boot/0")), "94a6456e726f6c6c93a0a9756e69783a2f2f2f73a6626f6f742f30ffc2"),
     (Leave(), "91a54c65617665"),
     (Hold(), "91a4486f6c64"),
     (
@@ -181,27 +184,27 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
     ),
     (
         Recalled(6),
-        "93a8526563616c6c656406c400",
+        "92a8526563616c6c656406",
     ),
     (
         Restore("snapshot-000000000006", 6, 1, 2),
-        "95a7526573746f7265b5736e617073686f742d303030303030303030303036060102",
+        "96a7526573746f7265b5736e617073686f742d303030303030303030303036060102c2",
     ),
     (
         Restored(b"\x01"),
         "92a8526573746f726564c40101",
     ),
     (
-        Persist(Change(7, 9, {5: Counted(0, 4, 7, 7)}, ((0, 7),))),
-        "92a7506572736973749707098105970004070700c0c391920007c0c0c0",
+        Persist(Change(7, 9, {5: Counted(0, 4, 7, 7)}, ((0, 7),)), True),
+        "93a7506572736973749807098105970004070700c0c391920007c0c0c001c3",
     ),
     (
         SnapshotBegin("/s/snapshot-000000000007"),
         "92ad536e617073686f74426567696eb82f732f736e617073686f742d303030303030303030303037",
     ),
     (
-        Pin(),
-        "91a350696e",
+        Pin(b"\x01"),
+        "92a350696ec40101",
     ),
     (
         SnapshotGet(),
@@ -214,6 +217,18 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
     (
         Unpin(6),
         "92a5556e70696e06",
+    ),
+    (
+        FeedTo(ServerAddress("", "unix:///f", "boot/0")),
+        "92a646656564546f93a0a9756e69783a2f2f2f66a6626f6f742f30",
+    ),
+    (
+        FeedLost(1),
+        "92a8466565644c6f737401",
+    ),
+    (
+        Apply(b"\x01", (8, 0)),
+        "93a54170706c79c40101920800",
     ),
     (
         SnapshotTake(),

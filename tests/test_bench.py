@@ -193,3 +193,12 @@ def test_a_crew_is_killed_and_comes_back_and_leaves_nothing_behind(monkeypatch: 
     assert len(seen.kills) > 3
     assert 0.0 < seen.alive < 1.0
     assert 0.0 < durability.rate(seen) < 150.0  # of three that never die
+
+
+def test_updates_are_counted_under_servers_that_are_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADWATER_TOKEN", "bench")
+    tally = durability.Tally()
+    with harness.Fleet() as fleet:
+        updates, wrong = durability.count_updates(fleet, random.Random(1), tally, "bsp", 2, 2)
+    assert (wrong, tally.kills) == (0, 2)
+    assert updates > 3 * durability.ENDS_AFTER

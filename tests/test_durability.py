@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from jobs import PATIENCE_S, TOKEN, assert_equal_bits, read_all
 
 import headwater as hw
 from headwater import durability
+from headwater._errors import PeerLostError
+from headwater._table import RowChanges, Rows
 from headwater._transport import Address
 
 SIZE = 40_000  # so that two servers have a part each
@@ -25,7 +28,7 @@ INITIAL: dict[str, npt.NDArray[np.float32]] = {
 }
 T = TypeVar("T")
 
-kinds = pytest.mark.parametrize("kind", [durability.snapshot(0), durability.log(0)], ids=str)
+keeping = pytest.mark.parametrize("kind", [durability.log(0), durability.replicated(1, 0)], ids=lambda kind: kind.kind)
 counts = pytest.mark.parametrize("servers", [1, 2])
 transports = pytest.mark.parametrize("transport", ["shm", "tcp"])
 
@@ -40,31 +43,66 @@ class Cluster:
         self.addresses = [Address("unix", str(folder / str(i)), 0) for i in range(servers)]
         if transport == "tcp":
             self.addresses = [Address("tcp", "127.0.0.1", 0)] * servers
+        self.followers: list[hw.Server] = []
+        self.apart: hw.Server | None = None
+        if kind.kind == "replicated":
+            address = self.addresses[0]._replace(host=str(folder / "c") if transport == "shm" else "127.0.0.1")
+            self.apart = hw.Server(address, workers=workers, servers=servers, is_apart=True, **self.common(), **options)
         self.servers: list[hw.Server] = []
+        resumes = self.options.pop("resumes", False)
         for i in range(servers):
-            self.servers.append(self.start(i))
+            self.servers.append(self.start(i, resumes=resumes))
             self.addresses[i] = Address.parse(self.servers[i].address.tcp or self.servers[i].address.unix)
+        for i in range(servers if self.apart else 0):
+            self.followers.append(self.start_follower(i))
+
+    @property
+    def first(self) -> Address:
+        """Where the coordinator is."""
+        if self.apart is None:
+            return self.addresses[0]
+        return Address.parse(self.apart.address.tcp or self.apart.address.unix)
+
+    def common(self) -> dict[str, Any]:
+        return {"token": TOKEN, "threads": 1, "durability": self.kind, "store": str(self.folder / "store")}
 
     def start(self, i: int, *, resumes: bool = False) -> hw.Server:
-        common: dict[str, Any] = {
-            "token": TOKEN, "threads": 1, "durability": self.kind, "store": str(self.folder / "store"), "index": i,
-            "resumes": resumes,
-        }  # fmt: skip
-        if i:
-            return hw.Server(self.addresses[i], join=self.addresses[0], **common)
+        common = {**self.common(), "index": i, "resumes": resumes}
+        if i or self.apart is not None:
+            return hw.Server(self.addresses[i], join=self.first, **common)
         return hw.Server(self.addresses[i], workers=self.workers, servers=len(self.addresses), **common, **self.options)
+
+    def start_follower(self, i: int) -> hw.Server:
+        self.started = getattr(self, "started", 0) + 1
+        address = Address("tcp", "127.0.0.1", 0)
+        if self.transport == "shm":
+            address = Address("unix", str(self.folder / f"f{self.started}"), 0)
+        return hw.Server(address, join=self.first, follows=True, **self.common(), index=i)
 
     def restart(self, i: int) -> None:
         """Kill a server and start it again; returns when the job is whole again."""
+        if self.apart is None:
+            self.servers[i].close()
+            self.servers[i] = self.start(i, resumes=True)
+            first = self.servers[0].coordinator
+            assert first is not None
+            with first._changed:
+                assert first._changed.wait_for(lambda: first._is_ready, PATIENCE_S)
+            return
+        coordinator = self.apart.coordinator
+        assert coordinator is not None
+        with coordinator._changed:  # else the state would be that of the last snapshot
+            assert coordinator._changed.wait_for(lambda: i in coordinator._followers, PATIENCE_S)
         self.servers[i].close()
-        self.servers[i] = self.start(i, resumes=True)
+        self.servers[i], self.followers[i] = self.followers[i], self.start_follower(i)
 
     def snapshot(self) -> None:
-        assert self.servers[0].coordinator is not None
-        self.servers[0].coordinator.take_snapshot(lambda _: None)
+        coordinator = (self.apart or self.servers[0]).coordinator
+        assert coordinator is not None
+        coordinator.take_snapshot(lambda _: None)
 
     def connect(self) -> hw.Session:
-        return hw.connect(str(self.addresses[0]), token=TOKEN, timeout_s=PATIENCE_S, transport=self.transport)
+        return hw.connect(str(self.first), token=TOKEN, timeout_s=PATIENCE_S, transport=self.transport)
 
     def run(self, body: Callable[[hw.Session], T]) -> list[T]:
         """Run the body once per worker, in threads; returns what it returned, by worker index."""
@@ -93,8 +131,9 @@ def cluster_of(
     try:
         yield cluster
     finally:
-        for server in cluster.servers:
-            server.close()
+        for server in (cluster.apart, *cluster.servers, *cluster.followers):
+            if server is not None:
+                server.close()
 
 
 def gradient(step: int, worker: int = 0) -> dict[str, npt.NDArray[np.float32]]:
@@ -132,13 +171,16 @@ def test_under_snapshot_a_job_goes_back_and_says_how_far(tmp_path: Path, servers
         assert_equal_bits(read_all(session), undisturbed(9, optimizer))
 
 
+@keeping
 @counts
 @transports
 @pytest.mark.parametrize("victim", [0, -1])
-def test_under_log_nothing_is_lost(tmp_path: Path, servers: int, transport: str, victim: int) -> None:
+def test_nothing_is_lost(
+    tmp_path: Path, kind: durability.Durability, servers: int, transport: str, victim: int
+) -> None:
     optimizer = hw.optim.Adam(lr=0.01)
     with (
-        cluster_of(tmp_path, durability.log(0), servers=servers, transport=transport) as cluster,
+        cluster_of(tmp_path, kind, servers=servers, transport=transport) as cluster,
         cluster.connect() as session,
     ):
         session.register(INITIAL, optimizer)
@@ -152,17 +194,20 @@ def test_under_log_nothing_is_lost(tmp_path: Path, servers: int, transport: str,
         assert_equal_bits(read_all(session), undisturbed(9, optimizer))
 
 
+@keeping
 @counts
 @pytest.mark.parametrize("consistency", [hw.bsp(), hw.ssp(2), hw.asp()], ids=str)
-def test_each_push_counts_once_whatever_dies_when(tmp_path: Path, servers: int, consistency: hw.Consistency) -> None:
+def test_each_push_counts_once_whatever_dies_when(
+    tmp_path: Path, kind: durability.Durability, servers: int, consistency: hw.Consistency
+) -> None:
     """Whole numbers, learning rate 1: the sum shows a push that is missing or counted twice, in any order."""
     steps, workers = 60, 3
-    with cluster_of(tmp_path, durability.log(0), servers=servers, workers=workers, consistency=consistency) as cluster:
+    with cluster_of(tmp_path, kind, servers=servers, workers=workers, consistency=consistency) as cluster:
         is_done = threading.Event()
 
         def harass() -> None:
             rng = np.random.default_rng(0)
-            while not is_done.wait(rng.uniform(0.05, 0.3)):
+            while not is_done.wait(rng.uniform(0.1, 0.5)):
                 cluster.restart(int(rng.integers(servers)))
 
         def work(session: hw.Session) -> None:
@@ -193,18 +238,21 @@ def rows_of(session: hw.Session, consistency: hw.Consistency | None = None) -> h
     return session.table("rows", 4, optimizer=hw.optim.SGD(lr=1.0), initial=hw.Constant(0.0), consistency=consistency)
 
 
+@keeping
 @counts
 @transports
 @pytest.mark.parametrize("rows", [hw.bsp(), hw.asp()], ids=str)
-def test_rows_count_once_whatever_dies_when(tmp_path: Path, servers: int, transport: str, rows: hw.Consistency) -> None:
+def test_rows_count_once_whatever_dies_when(
+    tmp_path: Path, kind: durability.Durability, servers: int, transport: str, rows: hw.Consistency
+) -> None:
     """A BSP job with tensors and a table, staged or beside it."""
     steps, workers = 40, 2
-    with cluster_of(tmp_path, durability.log(0), servers=servers, workers=workers, transport=transport) as cluster:
+    with cluster_of(tmp_path, kind, servers=servers, workers=workers, transport=transport) as cluster:
         is_done = threading.Event()
 
         def harass() -> None:
             rng = np.random.default_rng(1)
-            while not is_done.wait(rng.uniform(0.05, 0.3)):
+            while not is_done.wait(rng.uniform(0.1, 0.5)):
                 if rng.integers(3):
                     cluster.restart(int(rng.integers(servers)))
                 else:
@@ -237,3 +285,68 @@ def test_rows_count_once_whatever_dies_when(tmp_path: Path, servers: int, transp
             found = rows_of(session).pull(np.arange(500))
             expected /= workers if rows.kind == "bsp" else 1
             assert np.array_equal(found, expected), (found - expected)[(found != expected).any(axis=1)]
+
+
+def test_a_worker_that_comes_back_before_the_loss_is_known_is_not_taken_for_dead(tmp_path: Path) -> None:
+    """It sees the end of a server first: until it is back, the others' commit waits for it as before."""
+    with cluster_of(tmp_path, durability.log(0), workers=2) as cluster:
+        rounds = 20
+
+        def work(session: hw.Session) -> list[int]:
+            session.register(INITIAL, hw.optim.SGD(lr=1.0))
+            accepted = []
+            for step in range(rounds):
+                session.push(gradient(step, session.index))
+                if session.index == 0:
+                    session._come_back(PeerLostError("a server has died"))
+                session.wait()
+                accepted.append(session.accepted)
+            return accepted
+
+        assert cluster.run(work) == [[2] * rounds] * 2
+
+
+@pytest.mark.parametrize("kind", [durability.snapshot(2), durability.log(2)], ids=str)
+def test_snapshots_are_taken_where_servers_die_more_often_than_that(
+    tmp_path: Path, kind: durability.Durability
+) -> None:
+    with cluster_of(tmp_path, kind) as cluster, cluster.connect() as session:
+        session.register(INITIAL, hw.optim.SGD(lr=1.0))
+        first = sorted((tmp_path / "store").glob("snapshot-*/job.json"))
+        deadline = time.monotonic() + 20
+        restart_s = 0.0
+        while sorted((tmp_path / "store").glob("snapshot-*/job.json")) == first:
+            assert time.monotonic() < deadline
+            if time.monotonic() > restart_s:
+                cluster.restart(0)
+                restart_s = time.monotonic() + 1
+            session.step(gradient(0))
+
+
+def test_a_table_that_changes_faster_than_it_is_written_gets_a_snapshot(tmp_path: Path) -> None:
+    """Nobody waits for a moment without changes."""
+    rows = np.arange(100_000)
+    with cluster_of(tmp_path, durability.snapshot(0), consistency=hw.asp()) as cluster, cluster.connect() as session:
+        table = rows_of(session)
+        table.push(rows, np.ones((len(rows), 4), np.float32))
+        table.pull(rows[:1])
+        original, written = Rows.changes_since, 0
+
+        def changes_since(self: Rows, consumer: str) -> Iterator[RowChanges]:
+            nonlocal written
+            for change in original(self, consumer):
+                written += len(change.rows.ids)
+                assert written < 20 * len(rows)
+                yield change
+                if not self.lock.locked():  # else this is the state to write
+                    table.push(rows, np.ones((len(rows), 4), np.float32))
+                    table.pull(rows[:1])
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Rows, "changes_since", changes_since)
+            cluster.snapshot()
+        expected = table.pull(rows)
+        table.push(rows, np.ones((len(rows), 4), np.float32))
+        table.pull(rows[:1])  # it is answered; else it would be said again
+        cluster.restart(0)
+        assert np.array_equal(table.pull(rows), expected)

@@ -579,3 +579,14 @@ def test_what_a_killed_server_left_is_removed_by_the_next(machine: Machine) -> N
         assert len(list(machine.folder.iterdir())) == 1
         output.process.send_signal(number)
         output.finish()
+
+
+@pytest.mark.parametrize("transport", ["auto", "tcp"])
+def test_a_follower_takes_over_from_a_killed_server(machine: Machine, transport: str) -> None:
+    """Whichever of the two servers dies, another one follows; nothing acknowledged is lost."""
+    output = machine.steps("400", transport=transport, restarts=3, durability="replicated")
+    output.wait_for("made step 60 ")
+    os.kill(machine.servers()[0], signal.SIGKILL)
+    output.wait_for("its follower takes over")
+    assert output.finish() == 0
+    assert "ends at -399.0 -399.0" in output.text

@@ -60,7 +60,7 @@ def main() -> None:
     "--durability",
     default="snapshot",
     show_default=True,
-    metavar="none|snapshot|log[:S]",
+    metavar="none|snapshot|log|replicated[:S]",
     help="What the death of a server costs: the job, what was learnt since the last snapshot (every S seconds), or nothing.",
 )
 @click.option("--store", metavar="FOLDER", help="Keep the job here; default: a folder that ends with it.")
@@ -166,7 +166,7 @@ def demo(
 @click.option("--threads", type=click.IntRange(1), help="Kernel threads; default: all cores.")
 @click.option(
     "--durability",
-    metavar="snapshot|log[:S]",
+    metavar="snapshot|log|replicated[:S]",
     help="What the job survives, with the seconds between snapshots; the same for all its servers. Default: nothing.",
 )
 @click.option("--store", metavar="FOLDER", default="", help="Where a durable job is kept; all its servers reach it.")
@@ -174,6 +174,8 @@ def demo(
     "--index", type=click.IntRange(0), help="This server's place among those of a durable job; the first's is 0."
 )
 @click.option("--resume", is_flag=True, help="Go on from what the store holds.")
+@click.option("--follow", is_flag=True, help="Be the follower of the server with this index, in a replicated job.")
+@click.option("--coordinator", is_flag=True, help="Hold the coordinator alone, as a replicated job needs it.")
 @click.option("--stop-with-input", is_flag=True, hidden=True, help="Stop at the end of standard input.")
 def server(
     listen: str,
@@ -186,6 +188,8 @@ def server(
     store: str,
     index: int | None,
     resume: bool,
+    follow: bool,
+    coordinator: bool,
     stop_with_input: bool,
 ) -> None:
     """Run a server until SIGTERM or Ctrl+C.
@@ -219,6 +223,8 @@ def server(
         store=store,
         index=-1 if index is None else index,
         resumes=resume,
+        follows=follow,
+        is_apart=coordinator,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: running.stopped.set())
@@ -247,6 +253,36 @@ def inspect(path: str) -> None:
     text, is_sound = describe(*open_files(path))
     click.echo(text, nl=False)
     sys.exit(0 if is_sound else 1)
+
+
+@main.command()
+@click.option("--address", envvar="HEADWATER_ADDRESS", required=True, help="The job's; default: $HEADWATER_ADDRESS.")
+def snapshot(address: str) -> None:
+    """Let a running durable job take a snapshot now, beside training; says where it lies.
+
+    The job's token is in HEADWATER_TOKEN.
+    """
+    from headwater._session import connect_session
+
+    with connect_session(address, role="observer") as session:
+        click.echo(session.take_snapshot())
+
+
+@main.command()
+@click.argument("store")
+@click.argument("folder")
+def restore(store: str, folder: str) -> None:
+    """Make FOLDER of what STORE holds, its log included: a saved job, as session.load() and other tools read it.
+
+    The job must not be running. What was at FOLDER, a saved job or nothing, is replaced when all is there.
+    """
+    from headwater._files import open_files
+    from headwater._keeper import newest
+    from headwater._snapshot import copy
+
+    files, path = open_files(store)
+    commit = copy(files, newest(files, path), *open_files(folder))
+    click.echo(f"commit {commit} of {store} is in {folder}")
 
 
 def _stop_with_input(stopped: threading.Event) -> None:

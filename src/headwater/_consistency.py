@@ -200,6 +200,10 @@ class Policy:
         pushes = (entry,) if entry.weight > 0 else ()
         return [Commit(self.commit, pushes, ((entry.worker, entry.sequence),))], refused
 
+    def resume(self) -> list[Commit]:
+        """Fewer are expected: make the commit that is now complete, if one is."""
+        return self._close()
+
     def completed_by(self, entry: PushEntry) -> tuple[PushEntry, ...]:
         """Return the pushes that the BSP commit would hold which `entry` completes; none where it would not, or be refused."""
         member = self.members.get(entry.worker)

@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -53,6 +53,7 @@ from headwater._messages import (
     Declared,
     Detach,
     Failed,
+    FeedTo,
     Flip,
     Flipped,
     Gather,
@@ -69,8 +70,10 @@ from headwater._messages import (
     Prepared,
     Register,
     Registered,
+    Restore,
     Seal,
     ServerAddress,
+    SnapshotGet,
     SnapshotTaken,
     Stats,
     Waiting,
@@ -127,8 +130,9 @@ class Worker:
 class _Server:
     """A server as the coordinator knows it. connection: None: it is the one in this process."""
 
-    def __init__(self, address: ServerAddress, connection: Connection | None) -> None:
-        self.address, self.connection = address, connection
+    def __init__(self, address: ServerAddress, connections: tuple[Connection, ...]) -> None:
+        self.address, self.connections = address, connections
+        self.connection = connections[0] if connections else None
 
 
 class Coordinator:
@@ -150,6 +154,10 @@ class Coordinator:
         self._policy: Policy | None = None
         self._workers: dict[int, Worker] = {}
         self._servers: list[_Server | None] = [None] * servers
+        self._followers: dict[int, _Server] = {}  # by the index of whom they follow; those that have its state
+        self._structure_s = 0.0
+        self._structure = 0  # rises when there is something new to register or declare
+        self._joining: set[int] = set()  # indices whose followers have not
         self._is_ready = False  # every server is there, at the same commit
         self._generation = 0  # rises when a server is lost
         self._layout: Layout | None = None
@@ -163,8 +171,11 @@ class Coordinator:
         self._is_initialised = False
         self._commit = self._side = 0
         self._queue: deque[Commit] = deque()
-        self._is_settling = False  # the first snapshot of what was registered or declared is being taken
+        self._settling = 0  # first snapshots of what was registered or declared that are being taken
         self._is_busy = False  # somebody speaks to the servers
+        self._spoken_to: list[_Server | None] | None = (
+            None  # by them; who takes the place of one meanwhile does not know what it is about
+        )
         self._reserved = 0  # who wants to, before the next commit
         self._holder: tuple[int, float] | None = None
         self._failure: HeadwaterError | None = None
@@ -177,10 +188,22 @@ class Coordinator:
 
     # Membership.
 
-    def add_server(self, address: ServerAddress, connection: Connection | None, index: int = -1) -> int:
-        """Take in a server and return its index, which is free for it; connection None: the one in this process."""
+    def add_server(
+        self, address: ServerAddress, *connections: Connection, index: int = -1, follows: bool = False
+    ) -> int:
+        """Take in a server and return its index, which is free for it.
+
+        connections: on which it answers, and that on which it came: it notices that it is lost when they end. None: it is in this process.
+        follows: where there is one by this index, it is to follow that.
+        """
         with self._changed:
+            before = self._servers[index] if 0 <= index < self._server_count else None
+            if before is not None and any(each.has_ended for each in before.connections):
+                self.lose_server(index)  # which shows later otherwise
             free = [i for i, server in enumerate(self._servers) if server is None]
+            if follows and connections and 0 <= index < self._server_count and index not in free:
+                self._add_follower(index, _Server(address, connections))
+                return index
             if not free:
                 raise SettingError(
                     f"Expected {self._server_count} servers in this job, got one more: start it with --servers."
@@ -188,7 +211,7 @@ class Coordinator:
             if index >= 0 and index not in free:
                 raise SettingError(f"Expected server {index} to be missing, got another one by that number.")
             index = index if index >= 0 else free[0]
-            self._servers[index] = _Server(address, connection)
+            self._servers[index] = _Server(address, connections)
             if len(free) == 1 and self._failure is None:
                 if self._keep is None:
                     self._is_ready = True
@@ -206,9 +229,9 @@ class Coordinator:
             server = self._servers[index]
             if server is None or (connection is not None and server.connection is not connection):
                 return
-            if server.connection is not None:
-                server.connection.close()
-            self._servers[index] = None
+            for each in server.connections:
+                each.close()
+            self._servers[index] = self._followers.pop(index, None)
             if self._keep is None:
                 self._fail(
                     PeerLostError(
@@ -223,7 +246,69 @@ class Coordinator:
             for worker in self._workers.values():
                 if worker.live:
                     self._send_away(worker)
+            if None not in self._servers:
+                warn(f"server {index} is lost; its follower takes over")
+                threading.Thread(target=self._assemble, args=(self._keep,), name="assemble", daemon=True).start()
             self._changed.notify_all()
+
+    def _add_follower(self, index: int, follower: _Server) -> None:
+        """Bring a follower to the state of its server, beside training; from then on it has each commit before it is acknowledged."""
+        if index in self._followers or index in self._joining or self._keep is None:
+            raise SettingError(f"Expected server {index} to have no follower, got another one.")
+        self._joining.add(index)
+        threading.Thread(
+            target=self._join_follower, args=(index, follower, self._keep), name="follower", daemon=True
+        ).start()
+
+    def _join_follower(self, index: int, follower: _Server, keep: Snapshots) -> None:
+        connection = follower.connection
+        assert connection is not None
+        generation = self._generation
+        try:
+            with self._changed:  # before that there is nothing to follow
+                self._wait(lambda: self._is_ready and self._is_initialised and not self._settling, list, lambda _: None)
+                generation, structure = self._generation, self._structure
+            taken = keep.take(self, lambda i: FeedTo(follower.address) if i == index else SnapshotGet())
+            connection.send(Restore(taken.path.rpartition("/")[2], taken.commit, index, self._server_count))
+            answer = _hear(connection).message
+            if isinstance(answer, Failed):
+                raise answer.exception()
+            with self._changed:
+                if (generation, structure) != (self._generation, self._structure):
+                    raise PeerLostError("Expected the job to stay as it is while a follower joins, got another.")
+                self._followers[index] = follower
+                self._changed.notify_all()
+        except HeadwaterError as error:
+            if not isinstance(self._failure, PeerLostError):
+                warn(f"no follower for server {index} yet: {error}")
+            for each in follower.connections:  # it comes again
+                each.close()
+        finally:
+            with self._changed:
+                self._joining.discard(index)
+
+    def _await_followers(self, tell: Tell) -> None:
+        """Where the job is replicated, let nobody train before every server has a follower; but not for long."""
+        if self._keep is None or self._keep.durability.kind != "replicated" or not self._is_initialised:
+            return
+        self._wait(
+            lambda: (
+                len(self._followers) == self._server_count or time.monotonic() > self._structure_s + _limits.RETURN_S
+            ),
+            lambda: [f"a follower of server {i}" for i in range(self._server_count) if i not in self._followers],
+            tell,
+        )
+
+    def lose_follower(self, index: int, connection: Connection | None = None) -> bool:
+        """A follower has died, or has not got all; it may come again. Returns whether there was one, and this."""
+        with self._changed:
+            follower = self._followers.get(index)
+            if follower is None or (connection is not None and follower.connection is not connection):
+                return False
+            del self._followers[index]
+            for each in follower.connections:
+                each.close()
+            return True
 
     def _send_away(self, worker: Worker) -> None:
         """End a worker's connections; it comes back, or is let go."""
@@ -235,36 +320,46 @@ class Coordinator:
     def _assemble(self, keep: Snapshots) -> None:
         """Every server is there: let all be at the same commit, and begin or go on."""
         try:
-            with self.alone() as ask_each:
-                book = keep.restore(self._server_count, ask_each)
+            with self.alone(restores=True) as ask_each:
+                book, is_all = keep.restore(self._server_count, ask_each)
                 with self._changed:
+                    if book is None and self._policy is not None:  # nothing was kept: begin anew
+                        book = Book(self._policy.consistency, self._policy.expected)
                     if book is not None:
-                        self._adopt_book(book)
+                        self._consistency, self._expected = book.consistency, self._expected or book.expected
+                    self._adopt_book(book or Book(self._consistency or bsp(), self._expected or 1), is_all=is_all)
+                    if book is None:
+                        self._policy = None  # the first to come decides
                     self._is_ready = None not in self._servers
+                    self._changed.notify_all()
         except PeerLostError:
             pass  # one was lost meanwhile; the next that comes begins again
         except HeadwaterError as error:
             warn(str(error))
             with self._changed:
                 self._fail(error)
+        except BaseException as error:
+            with self._changed:
+                self._fail(InternalError(f"The job did not come back: {error!r}. Please report this."))
+            raise
 
-    def _adopt_book(self, book: Book) -> None:
-        """Be at the commit of a book. Workers that live in it are expected to come back."""
-        self._consistency, self._expected = book.consistency, book.expected
+    def _adopt_book(self, book: Book, *, is_all: bool) -> None:
+        """Be at the commit of a book. Workers that live in it are expected to come back. is_all: nothing acknowledged is missing."""
+        self._layout = self._optimizer = self._plan = None
+        self._is_initialised = book.tensors is not None
         if book.tensors is not None:
             self._layout, self._optimizer = Layout(book.tensors), book.optimizer
             self._plan = Plan.of(book.cohort_of, book.cohorts)
-            self._is_initialised = True
         self._queue.clear()
         self._tables, self.state = list(book.tables), dict(book.state)
         self._serial, self._leases_written = book.serial, book.leases
         self.leases = msgspec.msgpack.decode(book.leases, type=dict[str, Leases]) if book.leases else {}
-        if self._keep is not None and not self._keep.has_log:  # who held what is not what they hold now
+        if not is_all:  # who held what is not what they hold now
             for leases in self.leases.values():
                 leases.go_back()
         self._commit, self._side, self._initialiser = book.commit, 0, None
         self._was_clipped = True
-        policy = self._policy = Policy(book.consistency, book.expected)
+        policy = self._policy = Policy(book.consistency, self._expected or book.expected)
         policy.commit = book.commit
         for worker in self._workers.values():
             worker.sealed = worker.answered = -1
@@ -277,28 +372,35 @@ class Coordinator:
             if worker.live:
                 policy.join(identity, worker.index, sequence=counted.sequence, clock=counted.clock)
         for worker in self._workers.values():
-            worker.went_back = self._keep is not None and not self._keep.has_log
+            worker.went_back = not is_all
         away = [worker for worker in self._workers.values() if worker.live]
         policy.begin([w.index for w in self._workers.values() if not w.live] if away else [])
         if away:
             threading.Thread(target=self._let_go, args=(self._generation,), name="return", daemon=True).start()
 
     def _let_go(self, generation: int) -> None:
-        """Wait for workers to come back, and let those go who do not."""
+        """Wait for workers to come back, and let those go who do not; nor is anybody waited for who had not come yet."""
         deadline = time.monotonic() + _limits.RETURN_S
         with self._changed:
-            while any(worker.live and worker.is_away for worker in self._workers.values()):
+            policy = self._policy  # None: the store was empty
+            while (policy and not policy.started) or any(
+                worker.live and worker.is_away for worker in self._workers.values()
+            ):
                 if generation != self._generation or self._failure is not None:
                     return
                 if time.monotonic() < deadline:
                     self._changed.wait(deadline - time.monotonic())
                     continue
+                if policy is not None:
+                    policy.expected = 1  # before they leave: that may complete a commit
                 for worker in list(self._workers.values()):
                     if worker.live and worker.is_away:
                         self.leave(worker.identity)
-                self._require_policy().expected = 1
+                if policy is not None:
+                    self._queue.extend(policy.resume())
                 self._drain()
                 self._changed.notify_all()
+                return
 
     def book(self) -> Book:
         """Return the job as it is after the last commit. The caller sees to it that none is under way."""
@@ -334,18 +436,28 @@ class Coordinator:
                     self._return(worker)
                 else:
                     worker = self._workers[hello.identity] = Worker(hello, self._place(hello))
+                    worker.went_back = hello.returns and self._keep is not None and not self._keep.has_log
                 worker.connections = [connection]
                 index = worker.index
             servers = tuple(server.address for server in self._servers if server is not None)
-            return Welcome(index, policy.expected, policy.consistency, servers, self._keep is not None)
+            if not self._is_ready:
+                raise PeerLostError("Expected every server of the job to live, got the end of one: ask again.")
+            return Welcome(
+                index, policy.expected, policy.consistency, servers, self._keep is not None, self._shard is None
+            )
 
     def _return(self, worker: Worker) -> None:
         """Take a worker back. What it has sealed and what is not committed is forgotten: it says it again."""
+        was_away = worker.is_away
         self._send_away(worker)
         self._when_idle()
+        if not was_away and self._keep is not None and (self._layout is not None or self._tables):
+            self._ask(Detach(worker.identity))  # nobody knew why it came back: a server that is silent shows now
         if not worker.live and any(w.live and w.index == worker.index for w in self._workers.values()):
             worker.index = self._free_index()
         worker.live, worker.is_away = True, False
+        if self._initialiser == worker.identity and not self._is_initialised:
+            self._initialiser = None  # it did not hear that it was asked
         self._changed.notify_all()
         worker.sealed = worker.answered
         self._require_policy().withdraw(worker.identity)
@@ -449,16 +561,17 @@ class Coordinator:
         """Agree on the layout. The first worker initialises it; the others wait until it has."""
         with self._changed:
             worker = self._require(identity)
-            self._wait(lambda: not self._is_settling, lambda: ["the first snapshot"], tell)
+            self._wait(lambda: not self._settling, lambda: ["the first snapshot"], tell)
             if self._layout is None:
                 self._assign(register)
             self._compare(register)
-            while not self._is_initialised or self._is_settling:
-                if self._initialiser is None:
+            while not self._is_initialised or self._settling:
+                # Where it is this one, it did not hear that it was asked.
+                if self._initialiser in (None, identity) and not self._is_initialised:
                     self._initialiser = identity
                     return Registered(True)
                 self._wait(
-                    lambda: (self._is_initialised and not self._is_settling) or self._initialiser is None,
+                    lambda: (self._is_initialised and not self._settling) or self._initialiser is None,
                     lambda: [str(self._workers[w]) for w in (self._initialiser,) if w is not None],
                     tell,
                 )
@@ -475,6 +588,7 @@ class Coordinator:
                 lambda: [str(self._workers[w]) for w in policy.late()],
                 tell,
             )
+            self._await_followers(tell)
             self._require(identity)
             return self._join(worker)
 
@@ -488,6 +602,7 @@ class Coordinator:
             plan = Plan.start([spec.group for spec in self._layout.specs], values.steps)
             if self._is_initialised and self._holder is not None and self._holder[0] == identity:
                 self._plan = plan
+                self._keep_structure(tell)
                 return Registered(False, self._workers[identity].clock, self._side)
             if self._initialiser != identity or self._is_initialised:
                 raise ProtocolError("Expected initial values from the worker that was asked for them, once.")
@@ -498,9 +613,10 @@ class Coordinator:
             self._is_initialised = True
             self._keep_structure(tell)
             self._changed.notify_all()
+            self._await_followers(tell)
             return self._join(worker)
 
-    def take_snapshot(self, tell: Tell) -> SnapshotTaken:
+    def take_snapshot(self, tell: Tell, feeds: FeedTo | None = None) -> SnapshotTaken:
         """Take a snapshot now. Raises StorageError; SettingError where the job has no store."""
         keep = self._keep
         if keep is None:
@@ -509,7 +625,7 @@ class Coordinator:
 
         def take() -> None:
             try:
-                found.append(keep.take(self))
+                found.append(keep.take(self, None if feeds is None else lambda _: feeds))
             except HeadwaterError as error:
                 found.append(error)
             with self._changed:
@@ -524,15 +640,28 @@ class Coordinator:
         return taken
 
     def _keep_structure(self, tell: Tell) -> None:
-        """What the log's records rest on has changed, so it is in a snapshot before anybody uses it."""
+        """What the log's records rest on has changed, so it is in a snapshot before anybody uses it; no log leads there from older ones."""
         if self._keep is None:
             return
-        self._is_settling = True
+        self._settling += 1
+        self._structure, self._structure_s = self._structure + 1, time.monotonic()
+        generation = self._generation
         try:
+            for follower in self._followers.values():  # which comes again, and gets it all
+                for each in follower.connections:
+                    each.close()
+            self._followers.clear()
             with self._unlocked():
-                self.take_snapshot(tell)
+                self.take_snapshot(tell, FeedTo(None))
+        except HeadwaterError as error:
+            if generation != self._generation:
+                raise PeerLostError(
+                    "Expected every server of the job to live, got the end of one: ask again."
+                ) from error
+            self._fail(error)
+            raise
         finally:
-            self._is_settling = False
+            self._settling -= 1
             self._changed.notify_all()
 
     def _assign(self, register: Register) -> None:
@@ -565,14 +694,13 @@ class Coordinator:
         worker.clock = member.clock if member else policy.join(worker.identity, worker.index, sequence=worker.answered)
         worker.read = self._commit
         self._changed.notify_all()
-        went_back, worker.went_back = worker.went_back, False
-        return Registered(False, worker.clock, self._side, self._commit, worker.answered, went_back)
+        return Registered(False, worker.clock, self._side, self._commit, worker.answered, worker.went_back)
 
     def declare(self, identity: int, wanted: Declare, tell: Tell) -> Declared:
         """Agree on a table. The first to declare it decides; a wish that is None is for what the table has."""
         with self._changed:
             self._require(identity)
-            self._wait(lambda: not self._is_settling, lambda: ["the first snapshot"], tell)
+            self._wait(lambda: not self._settling, lambda: ["the first snapshot"], tell)
             if all(spec.name != wanted.name for spec in self._tables):
                 self._when_idle()  # nobody else speaks to the servers; and another may have declared it meanwhile
             for number, spec in enumerate(self._tables):
@@ -588,6 +716,7 @@ class Coordinator:
             self._ask_each(lambda i: OpenTable(number, spec, i, self._server_count))
             self._tables.append(spec)
             self._keep_structure(tell)
+            self._await_followers(tell)
             return Declared(number, spec)
 
     def _new_table(self, wanted: Declare) -> TableSpec:
@@ -611,6 +740,7 @@ class Coordinator:
         with self._changed:
             worker = self._require(identity)
             policy = self._require_policy()
+            worker.went_back = False  # it has heard
             if seal.sequence != worker.answered:  # else it has counted, and the answer was lost
                 self._check_seal(identity, seal)
                 worker.refusal = None
@@ -689,7 +819,7 @@ class Coordinator:
             if worker is not None and worker.answered >= sequence:
                 break
             batch = [self._queue.popleft() for _ in range(min(len(self._queue), _limits.QUEUE_COMMITS))]
-            self._is_busy = True
+            self._is_busy, self._spoken_to = True, list(self._servers)
             self._changed.release()
             failure: HeadwaterError | None = None
             refusals: dict[int, HeadwaterError] | None = None
@@ -705,7 +835,7 @@ class Coordinator:
                 raise
             finally:
                 self._changed.acquire()
-                self._is_busy = False
+                self._is_busy, self._spoken_to = False, None
                 if failure is not None:
                     self._fail(failure)
                 self._changed.notify_all()
@@ -754,8 +884,8 @@ class Coordinator:
                     continue
             if self._gather(batch, refusals):
                 continue
-            if self._keep is not None and self._keep.has_log:
-                self._ask(Persist(self._change(batch, refusals, plan)))
+            if self._keep is not None and self._keep.persists:
+                self._ask(Persist(self._change(batch, refusals, plan), bool(specs)))
             self._flip(batch[-1].number, swap=bool(specs))
             self._plan = plan
             return refusals
@@ -833,35 +963,46 @@ class Coordinator:
         return found
 
     def _change(self, batch: Sequence[Commit], refusals: dict[int, HeadwaterError], plan: Plan) -> Change:
-        """Return what the book is told of these commits; of workers that have left since the last one, too."""
-        workers = self._counted(batch, refusals)
+        """Return what the book is told of these commits."""
+        assert self._plan is not None
+        is_split = plan.cells is not self._plan.cells
+        return self._next_change(
+            batch[-1].number,
+            self._counted(batch, refusals),
+            cohorts=plan.cohorts,
+            cohort_of=plan.cells if is_split else None,
+        )
+
+    def _next_change(self, commit: int, workers: dict[int, Counted], **changes: Any) -> Change:
+        """Return the next change of the book, of workers that have left since the last one, too."""
+        self._serial += 1
         for identity in self._left:
             worker = self._workers[identity]
             workers[identity] = msgspec.structs.replace(workers.get(identity, worker.counted()), live=False)
         self._left.clear()
-        assert self._plan is not None
-        is_split = plan.cells is not self._plan.cells
-        return self._next_change(
-            batch[-1].number, workers=workers, cohorts=plan.cohorts, cohort_of=plan.cells if is_split else None
-        )
-
-    def _next_change(self, commit: int, **changes: Any) -> Change:
-        """Return the next change of the book."""
-        self._serial += 1
         leases = self._encoded_leases()
         if leases != self._leases_written:
             changes["leases"] = self._leases_written = leases
-        return Change(commit, self._serial, **changes)
+        return Change(commit, self._serial, workers, servers=self._server_count, **changes)
 
     def _encoded_leases(self) -> bytes:
         return msgspec.msgpack.encode(self.leases) if self.leases else b""
 
-    def _keep_change(self, **changes: Any) -> None:
+    def _keep_change(self, *, has_state: bool = False) -> None:
         """Between two commits, write down what has changed besides; returns when it survives."""
-        if self._keep is not None and self._keep.has_log:
+        if self._keep is not None and self._keep.persists:
             with self._unlocked(), self.alone() as ask_each:
-                change = self._next_change(self._commit, **changes)
-                ask_each(lambda _: Persist(change))
+                with self._changed:  # as it is now: what others have changed meanwhile may be written already
+                    change = self._next_change(self._commit, {}, state=dict(self.state) if has_state else None)
+                ask_each(lambda _: Persist(change, False))
+
+    def end(self, identity: int) -> None:
+        """A worker has ended its data: let it go, for good."""
+        self.leave(identity, close=False)
+        with self._changed:
+            if self._is_ready and self._left and self._is_initialised:
+                with suppress(PeerLostError):  # then the others are told with the next change, or wait for it a while
+                    self._keep_change()
 
     def _refuse(self, worker: Worker, why: HeadwaterError) -> None:
         worker.refusal = why
@@ -879,7 +1020,7 @@ class Coordinator:
         """
         found: dict[int, AnyMessage] = {}
         remotes = []
-        for i, server in enumerate(self._servers):
+        for i, server in enumerate(self._spoken_to or self._servers):
             if server is None:
                 raise PeerLostError(f"Expected every server of the job to live, got the end of server {i}.")
             if server.connection is not None:
@@ -895,7 +1036,7 @@ class Coordinator:
             except HeadwaterError as error:
                 found[0] = Failed(type(error).__name__, str(error))
         for i, connection in sent:
-            received = self._reach(i, connection, connection.receive)
+            received = self._reach(i, connection, partial(_hear, connection))
             if isinstance(received, Received):
                 found[i] = received.message
         for answer in found.values():
@@ -915,22 +1056,29 @@ class Coordinator:
             return None
 
     @contextmanager
-    def alone(self) -> Iterator[AskEach]:
-        """Between two commits, keep the next one waiting and speak to the servers."""
+    def alone(self, *, restores: bool = False) -> Iterator[AskEach]:
+        """Between two commits, keep the next one waiting and speak to the servers.
+
+        restores: before they are what the store holds. Raises PeerLostError where they are not, and what has ended the job.
+        """
         with self._changed:
             self._reserved += 1
             try:
                 while self._is_busy:
                     self._check_failure()
                     self._changed.wait()
-                self._is_busy = True
+                self._check_failure()
+                if not self._is_ready and not restores:
+                    raise PeerLostError("Expected every server of the job to live, got the end of one: ask again.")
+                self._is_busy, self._spoken_to = True, list(self._servers)
             finally:
                 self._reserved -= 1
+                self._changed.notify_all()
         try:
             yield self._ask_each
         finally:
             with self._changed:
-                self._is_busy = False
+                self._is_busy, self._spoken_to = False, None
                 self._drain()
                 self._changed.notify_all()
 
@@ -943,6 +1091,7 @@ class Coordinator:
         """
         with self._changed:
             worker, policy = self._require(identity), self._require_policy()
+            worker.went_back = False  # it has heard
             leases = self._adopt_data(wanted.spec)
             piece = leases.take(identity, wanted.had)
             if piece is not None:
@@ -1027,7 +1176,7 @@ class Coordinator:
                 self.state.pop(key, None)
             else:
                 self.state[key] = value
-            self._keep_change(state=dict(self.state))
+            self._keep_change(has_state=True)
 
     def stats(self) -> Stats:
         """Return the job at a glance."""
@@ -1118,6 +1267,13 @@ class Coordinator:
         if self._policy is None:
             raise ProtocolError("Expected a worker to say Hello first.")
         return self._policy
+
+
+def _hear(connection: Connection) -> Received:
+    """Return a server's answer, however often it says first that it is at work."""
+    while isinstance((received := connection.receive()).message, Waiting):
+        pass
+    return received
 
 
 def _clip_factor(limit: float, answers: Sequence[AnyMessage]) -> float:

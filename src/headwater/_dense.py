@@ -21,7 +21,7 @@ import numpy as np
 
 from headwater import _kernels, _limits
 from headwater._consistency import Consistency
-from headwater._errors import InternalError, LayoutError, ProtocolError
+from headwater._errors import InternalError, LayoutError, PeerLostError, ProtocolError
 from headwater._layout import BLOCK, Layout, Part, Slice, runs, tensor_at
 from headwater._memory import SharedBuffer, zeroed
 from headwater._messages import (
@@ -37,7 +37,7 @@ from headwater._messages import (
     Prepare,
     Prepared,
 )
-from headwater._table import Note, Tables
+from headwater._table import Tables
 from headwater.optim import AnyOptimizer
 
 #: (runs, scalars, contributions, coefficients) as `_kernels.apply` takes them.
@@ -95,16 +95,16 @@ class Shard:
         self.threads, self.level = threads, level
         self.lock = threading.Lock()
         self.keeper: Keeper | None = None
-        self._begin(None)
+        self._begin()
 
     def forget(self) -> None:
         """Be as at the beginning, when nothing was assigned."""
         with self.lock:
-            self._begin(self.tables.note)
+            self.tables.close()
+            self._begin()
 
-    def _begin(self, note: Note | None) -> None:
+    def _begin(self) -> None:
         self.tables = Tables(threads=self.threads, level=self.level)
-        self.tables.note = note
         self.commit = 0
         self.side = 0  # the parameter buffer that is the state; a commit is made in another
         self._half = 0  # likewise of the two copies of everything else
@@ -265,9 +265,13 @@ class Shard:
             return self._pinned
 
     def unpin(self) -> None:
-        """Let commits write over what was set aside. The third copy of what stays here is given up."""
+        """Let commits write over what was set aside; a third copy of what stays here is given up. Said between two commits."""
         with self.lock:
             self._pinned = None
+            if self.layout is not None and len(self._hidden) > 2:
+                self._foreseen = None  # it may be writing into what goes
+                others = [planes for i, planes in enumerate(self._hidden) if i != self._half]
+                self._hidden, self._half = [self._hidden[self._half], others[0]], 0
 
     def prepared_sums(self) -> tuple[tuple[CommitSpec, ...], list[np.ndarray]]:
         """Return what is prepared and, by commit and slice, the summed gradient in the master dtype, valid until the next call."""
@@ -289,10 +293,10 @@ class Shard:
                     )
             return specs, [array for sums in self._sums[: len(specs)] for array in sums]
 
-    def replay(
-        self, commit: int, specs: Sequence[tuple[bytes, tuple[tuple[float, ...], ...]]], blobs: list[np.ndarray]
+    def prepare_again(
+        self, specs: Sequence[tuple[bytes, tuple[tuple[float, ...], ...]]], blobs: list[np.ndarray]
     ) -> list[np.ndarray]:
-        """Apply commits again whose summed gradients are the first of these arrays, uint8; returns the others.
+        """Prepare commits again whose summed gradients are the first of these arrays, uint8; returns the others. Flip follows.
 
         specs: of each commit its cells and the scalars of each cell. The same bits as when they were made.
         """
@@ -314,9 +318,25 @@ class Shard:
                         commits, threads=self.threads, level=self.level, check=False,
                     )  # fmt: skip
                 self._convert_masters(self._target, half)
-                self.side, self._half = self._target, half
-            self.commit = commit
+            self._prepared = bool(specs)
             return blobs[len(specs) * len(slices) :]
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether a flip would change the state."""
+        return self._prepared
+
+    def settle(self, commit: int) -> None:
+        """Let what is prepared be the state where it is of this commit, else forget it; nobody reads here any more."""
+        if self.commit < commit:
+            self.handle(Flip(commit, self._prepared))
+        with self.lock:
+            self._prepared, self._specs, self._foreseen, self._pinned = False, (), None, None
+            self.tables.drop_gathered()
+            self._workers.clear()
+            if self.layout is not None:  # the same side on every server, whatever each has been through
+                self._wires[0], self._wires[self.side] = self._wires[self.side], self._wires[0]
+                self.side = 0
 
     # Planes.
 
@@ -326,7 +346,8 @@ class Shard:
         names = (*(("master",) if s.lane.dtype != s.lane.master else ()), *self.optimizer.slots)
         planes = {name: zeroed(size).view(s.lane.master) for name in names}
         for slot in self.optimizer.slots:
-            planes[slot][:] = self.optimizer.initial(slot)
+            if self.optimizer.initial(slot) != 0.0:  # else no page is touched before it is used
+                planes[slot][:] = self.optimizer.initial(slot)
         return planes
 
     def _wire(self, side: int, s: Slice) -> np.ndarray:
@@ -500,14 +521,16 @@ class Shard:
     def _worker(self, identity: int) -> _Worker:
         worker = self._workers.get(identity)
         if worker is None:
-            raise ProtocolError(
-                "Expected a worker that is attached to this server, got one that is not, or is no longer."
+            raise PeerLostError(
+                "Expected a worker that is attached to this server, got one that is not, or is no longer: connect again."
             )
         return worker
 
     def _require_layout(self) -> None:
         if self.layout is None:
-            raise ProtocolError("Expected parameters to be registered first, got a request for their state.")
+            raise PeerLostError(
+                "Expected parameters to be registered first, got a request for their state: register again."
+            )
 
 
 def _block_end(part: Part, byte: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import msgspec
@@ -108,7 +109,7 @@ class DenseLink:
                 raise ProtocolError(f"Expected {attached.fds} shared buffers, got {len(passed)}.")
             self._links.append(_Link(connection, part, shares=shares))
             fds.append(passed)
-        return list(zip(*fds, strict=True))
+        return _by_buffer(fds)
 
     def _add_sides(self, sides: list[tuple[int, ...]]) -> None:
         for fds in sides:
@@ -180,7 +181,7 @@ class DenseLink:
         passed = [self._peers.receive(link.connection, Attached)[1] for link in self._links]
         if not passed[0]:
             raise ProtocolError(f"Expected a buffer beside {self._known}, got none.")
-        self._add_sides(list(zip(*passed, strict=True)))
+        self._add_sides(_by_buffer(passed))
 
     def put(self, plane: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Replace a plane of the servers' state by whole arrays: "parameters" as they travel, others in the master dtype."""
@@ -193,3 +194,12 @@ class DenseLink:
             view[...] = arrays[name]
         for link in self._links:
             request(link.connection, Put(plane), payload=memoryview(arena[link.byte]))
+
+
+def _by_buffer(fds: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Turn descriptors by server into descriptors by buffer, as far as every server has them; others are closed, and asked for later."""
+    found = list(zip(*fds, strict=False))
+    for passed in fds:
+        for fd in passed[len(found) :]:
+            os.close(fd)
+    return found

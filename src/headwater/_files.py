@@ -7,10 +7,13 @@ that names the file and says what to do; a file that was being written then hold
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -271,6 +274,28 @@ class RemoteFiles:
 
     def sync_folder(self, path: str) -> None:
         pass
+
+
+def claim(files: Files, path: str) -> Callable[[], None]:
+    """Be the only one who holds a file, where it is this machine's; returns what lets go of it, as the end of the process does.
+
+    Raises SettingError naming the process that holds it.
+    """
+    if not isinstance(files, LocalFiles):
+        return lambda: None
+    with named_failure("lock", path):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(fd, 256).decode(errors="replace") or "another process"
+            os.close(fd)
+            raise SettingError(
+                f"Expected a store that nobody uses, got one that {holder} holds — {path}: end that job, or give another folder."
+            ) from None
+        os.truncate(fd, 0)
+        os.write(fd, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return partial(os.close, fd)
 
 
 def open_files(store: str) -> tuple[Files, str]:

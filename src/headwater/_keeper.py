@@ -11,19 +11,34 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import msgspec
 import numpy as np
 
+from headwater import _limits
 from headwater._book import Book, Change
 from headwater._dense import Pinned, Shard
-from headwater._errors import HeadwaterError, InternalError, SettingError, warn
-from headwater._files import Files, open_files
+from headwater._errors import (
+    HeadwaterError,
+    HostError,
+    PeerLostError,
+    SettingError,
+    StorageError,
+    warn,
+)
+from headwater._files import Files, claim, open_files
 from headwater._log import Entry, Log, LogEnd, LogReader, begin_of
 from headwater._messages import (
     AnyMessage,
+    Apply,
     Assign,
     Done,
+    Failed,
+    FeedLost,
+    FeedTo,
+    Flip,
+    Hello,
     OpenTable,
     PagePut,
     Persist,
@@ -32,19 +47,22 @@ from headwater._messages import (
     Recalled,
     Restore,
     Restored,
+    ServerAddress,
     SnapshotBegin,
     SnapshotGet,
     SnapshotState,
     Unpin,
 )
 from headwater._snapshot import File, Manifest, TableWriter, find, open_manifest, read_dense, read_table, write_dense
-from headwater._snapshots import Snapshots, decode_book
-from headwater._table import Part, Pushed, RowChanges, Rows
+from headwater._snapshots import Rest, Snapshots, decode_book
+from headwater._table import Part, Pushed, Rows, Tables
+from headwater._transport import Address, Connection, connect, host_name, request
 from headwater.durability import Durability
 
 _CONSUMER = "\0snapshot"  # of the tables' delta streams
-_ROUNDS = 8  # of changes, before the rest is taken between two commits however much it is
+_ROUNDS = 8  # of changes, before the rest is written between two commits however much it is
 _FEW_ROWS = 1 << 15  # that are left to Pin
+_SHRINKS = 0.75  # a round to so much of the one before; else further ones are of no use
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -58,25 +76,37 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag=True):
     tables: tuple[tuple[int, tuple[float, ...], float], ...]  # table, scalars, time
 
 
-class Rest(msgspec.Struct, frozen=True):
-    """What a server's part of a snapshot has besides files."""
-
-    steps: tuple[int, ...] = ()  # of its tables
-    sequences: tuple[tuple[int, int, int], ...] = ()  # identity, table, of the last push that counted
-
-
 _records = msgspec.msgpack.Decoder(Step | Pushed | PagePut)
 
 
 class Keeper:
     """Keeps one shard. Its requests come from the coordinator, one at a time; `note` from any thread."""
 
-    def __init__(self, shard: Shard, files: Files, path: str, *, has_log: bool) -> None:
-        self._shard, self._files, self._path, self._has_log = shard, files, path, has_log
+    def __init__(
+        self,
+        shard: Shard,
+        files: Files,
+        path: str,
+        durability: Durability,
+        token: str = "",
+        job: Address | None = None,
+    ) -> None:
+        self._shard, self._files, self._path, self._token, self._job = shard, files, path, token, job
+        self._persists = durability.kind != "snapshot"
+        self._has_log, self._is_replicated = durability.kind == "log", durability.kind == "replicated"
         self._log: Log | None = None
         self._index = 0
         self._writing: _Writing | None = None
-        shard.tables.note = self.note if has_log else None
+        # Replicated: what a follower needs to take over.
+        self._book: Book | None = None
+        self._pending: Change | None = None  # of what is prepared
+        self._feed: Feed | None = None  # our follower
+        self._next_feed: Feed | None = None  # which begins with the next pinned state
+        self._is_closed = self._is_fed_anew = False
+        self._leads = False  # it has had commits of its own to keep
+        self._queued: list[tuple[bytes, list[np.ndarray]]] | None = []  # what came before the state it goes on from
+        self._turn = threading.Lock()  # of what a follower applies, and of what begins or ends here
+        self._take_notes()
 
     def handle(self, request: AnyMessage) -> AnyMessage | None:
         """Carry out what concerns the store; None where the shard has the answer."""
@@ -88,23 +118,53 @@ class Keeper:
             case Persist():
                 return self._persist(request)
             case SnapshotBegin():
-                self._writing = _Writing(self._shard, self._files, request.folder, self._index)
+                with self._turn:
+                    self._give_up()
+                    if self._is_closed:
+                        raise PeerLostError("Expected a running server, got one that was closed.")
+                    self._writing = _Writing(self._shard, self._files, request.folder, self._index)
                 return Done()
             case Pin():
-                assert self._writing is not None
-                self._writing.pin(self._log)
+                writing = self._being_written()
+                with self._shard.tables.still():  # what is kept from now on goes on from it
+                    writing.pin(self._log)
+                    before = self._feed
+                    if self._is_fed_anew:
+                        self._feed, self._next_feed, self._is_fed_anew = self._next_feed, None, False
+                if before is not None and before is not self._feed:
+                    before.close()
+                if self._is_replicated:
+                    self._book = decode_book(request.book)
                 return Done()
+            case FeedTo():
+                self._is_fed_anew = True
+                if self._next_feed is not None:
+                    self._next_feed.close()
+                self._next_feed = (
+                    None if request.address is None else Feed.to(request.address, self._token, self._lose_follower)
+                )
+                return Done()
+            case Flip() if self._pending is not None and self._book is not None:
+                self._book, self._pending = self._book.after(self._pending), None
             case SnapshotGet():
-                assert self._writing is not None
-                return self._writing.state()
+                return self._being_written().state()
             case Unpin():
-                if self._writing is not None:
-                    self._writing.end()
-                    self._writing = None
+                self._give_up()
                 if self._log is not None and request.commit >= 0:
                     self._log.drop_before(request.commit)
                 return Done()
         return None
+
+    def _being_written(self) -> _Writing:
+        if self._writing is None:
+            raise StorageError("Expected a snapshot that is being written, got none: this server went back meanwhile.")
+        return self._writing
+
+    def _give_up(self) -> None:
+        """Forget the snapshot that is being written, if one is."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.end()
 
     # Coming back.
 
@@ -112,44 +172,124 @@ class Keeper:
         return open_manifest(self._files, f"{self._path}/{snapshot}")
 
     def _recall(self, request: Recall) -> Recalled:
-        """Find how far the log goes on from a snapshot."""
-        self._close_log()
-        book = decode_book(self._manifest(request.snapshot).book)
-        found, _ = self._records(request.index, book)
+        """Find how far the log goes on from a snapshot, or this server from what it has."""
+        if not request.snapshot:
+            if self._book is None:
+                return Recalled(-1)
+            return Recalled(self._book.commit if self._pending is None else self._pending.commit)
+        self._stop()
+        manifest = self._manifest(request.snapshot)
+        book = decode_book(manifest.book)
+        found, _ = self._records(request.index, book, _rest(manifest, request.index))
         commits = [record.change.commit for record, _ in found if isinstance(record, Step)]
         return Recalled(max(commits, default=book.commit))
 
-    def _records(self, index: int, book: Book) -> tuple[list[tuple[Step | Pushed | PagePut, Entry]], LogEnd]:
+    def _records(
+        self, index: int, book: Book, rest: Rest
+    ) -> tuple[list[tuple[Step | Pushed | PagePut, Entry]], LogEnd]:
         """Return the records that go on from a snapshot, and where the log ends.
 
         A file begins where the state was when it was made: commits beyond that in the files before it were given up.
         """
         found: list[tuple[Step | Pushed | PagePut, Entry]] = []
-        reader = LogReader(self._files, self._path, index, book.commit)
-        begin = -1
+        reader = LogReader(self._files, self._path, index, *(rest.log or (book.commit,)))
+        file = ""
         for entry in reader:
             record = _records.decode(entry.head)
-            if begin_of(entry.file) != begin:
-                begin = begin_of(entry.file)
-                found = [each for each in found if not isinstance(each[0], Step) or each[0].change.commit <= begin]
+            if entry.file != file:
+                file = entry.file
+                found = _up_to(begin_of(file), found)
             if not isinstance(record, Step) or record.change.serial > book.serial:
                 found.append((record, entry))
+        if reader.end.file not in ("", file):  # nothing is in the last one yet
+            found = _up_to(begin_of(reader.end.file), found)
         return found, reader.end
 
     def _restore(self, request: Restore) -> Restored:
-        """Become what the store holds, and go on from there."""
+        """Become what the store holds, or keep what is here, and go on from there."""
+        if request.is_warm:
+            return self._stay(request)
         book, end = self.come_back(request)
         if self._has_log:
-            self._log = Log(self._files, self._path, request.index, request.commit, end)
+            try:
+                self._log = Log(self._files, self._path, request.index, request.commit, end)
+            except StorageError as error:  # with which the snapshot has nothing to do: an older one would not help
+                raise HostError(str(error)) from error
+        if self._is_replicated:
+            self._drop_feeds()
+            self._pending = None
+            with self._turn:
+                self._book, queued, self._queued = book, self._queued or [], None
+                for head, blobs in queued:
+                    self._follow(head, blobs)
         return Restored(b"" if book is None else msgspec.msgpack.encode(book))
+
+    def _stay(self, request: Restore) -> Restored:
+        """Be at a commit from what is here: that of the state, or of what is prepared."""
+        assert self._book is not None
+        self._give_up()
+        with self._turn:
+            self._queued, self._leads = None, True  # whoever fed this one is no more
+            if self._pending is not None and self._pending.commit > request.commit:
+                self._pending = None
+            self._shard.settle(request.commit)
+            self._pending = None
+            self._index = request.index
+        return Restored(msgspec.msgpack.encode(self._book))
+
+    def _lose_follower(self) -> None:
+        """Tell the coordinator, which would take the follower for us. Raises PeerLostError, UnreachableError."""
+        if self._job is None or self._is_closed:
+            return
+        connection = connect(self._job)
+        try:
+            connection.set_timeout(_limits.SILENCE_S)
+            request(connection, Hello(self._token, "server", 0))
+            request(connection, FeedLost(self._index))
+        finally:
+            connection.close()
+
+    def begin_following(self) -> bool:
+        """Make ready for the state of another server; returns False where this one leads by now."""
+        with self._turn:
+            if not self._leads:
+                self._book = self._pending = None
+                self._queued = []
+            return not self._leads
+
+    def follow(self, head: bytes, blobs: list[np.ndarray]) -> None:
+        """Apply a record of the server that this one follows, or keep it until its state is here."""
+        with self._turn:
+            if self._queued is not None:
+                self._queued.append((head, blobs))
+            else:
+                self._follow(head, blobs)
+
+    def _follow(self, head: bytes, blobs: list[np.ndarray]) -> None:
+        """A commit is prepared beside the state, and becomes it with the next one: not every server may have it yet."""
+        record = _records.decode(head)
+        if not isinstance(record, Step):
+            self._apply(record, blobs)
+            return
+        assert self._book is not None
+        if record.change.serial <= self._book.serial:
+            return
+        if self._pending is not None:
+            self._shard.handle(Flip(self._pending.commit, self._shard.is_prepared))
+        if record.change.commit == self._book.commit:
+            self._book = self._book.after(record.change)
+            return
+        self._prepare_again(record, blobs)
+        self._pending = record.change
 
     def come_back(self, request: Restore) -> tuple[Book | None, LogEnd | None]:
         """Become what the store holds; returns the book that belongs to it, None where there was nothing, and where the log ends."""
-        self._close_log()
+        self._stop()
         end = None
         shard = self._shard
         book: Book | None = None
         shard.forget()
+        self._take_notes()
         if request.snapshot:
             manifest, folder = self._manifest(request.snapshot), f"{self._path}/{request.snapshot}"
             book = decode_book(manifest.book)
@@ -157,56 +297,80 @@ class Keeper:
                 shard.handle(Assign(book.tensors, book.optimizer, request.index, request.count, book.consistency))
                 read_dense(self._files, folder, manifest, shard.part, shard.master_planes())
                 shard.loaded(manifest.commit)
-            rests = [msgspec.msgpack.decode(part, type=Rest) for part in manifest.parts]
+            rests = [_rest(manifest, i) for i in range(manifest.servers)]
             for number, spec in enumerate(book.tables):
                 shard.handle(OpenTable(number, spec, request.index, request.count))
                 rows = shard.tables.tables[number]
                 rows.begin(max((rest.steps[number] for rest in rests), default=0))
                 for some in read_table(self._files, folder, manifest, number, request.index, request.count):
                     rows.restore(some)
-            for rest in rests:
+            # Tables are pinned by each server at a moment of its own: what another has counted may be still to come here.
+            for rest in rests if request.count != manifest.servers else rests[request.index : request.index + 1]:
                 shard.tables.sequences.update({(i, t): s for i, t, s in rest.sequences})
             if self._has_log and request.count == manifest.servers:
-                records, end = self._records(request.index, book)
-                book = self._replay(book, records, request.commit)
+                records, end = self._records(request.index, book, rests[request.index])
+                book = self._replay(book, records, request.commit, request.count)
                 if end.torn:
                     warn(
                         f"the log ends at byte {end.offset} of {end.file}: {end.torn}; nothing acknowledged is missing"
                     )
+        shard.settle(shard.commit)
         self._index = request.index
         return book, end
 
-    def _replay(self, book: Book, records: Iterable[tuple[Step | Pushed | PagePut, Entry]], limit: int) -> Book:
+    def _replay(
+        self, book: Book, records: Iterable[tuple[Step | Pushed | PagePut, Entry]], limit: int, count: int
+    ) -> Book:
         """Apply commits up to this one again, and all that tables have acknowledged."""
         shard = self._shard
         for record, entry in records:
+            if isinstance(record, Step):
+                tables = [table for table, _, _ in record.tables]
+                is_known = record.change.servers == count and not (record.specs and book.tensors is None)
+            else:
+                tables, is_known = [record.table], True
+            is_known = is_known and all(table in shard.tables.tables for table in tables)
+            if not is_known:
+                raise StorageError(
+                    f"Expected a snapshot that {entry.file} goes on from, got an older one, of when less was registered or there "
+                    "were other servers: put back the files of the newer one."
+                )
             if isinstance(record, Step) and record.change.commit > limit:
                 continue
-            blobs = entry.blobs()
-            match record:
-                case Step():
-                    blobs = shard.replay(record.change.commit, record.specs, blobs)
-                    for (table, scalars, now), ids, gradients in zip(
-                        record.tables, blobs[::2], blobs[1::2], strict=True
-                    ):
-                        rows = shard.tables.tables[table]
-                        rows.commit(Part(ids.view(np.int64), _matrix(gradients, rows), scalars), now)
-                    book = book.after(record.change)
-                case Pushed():
-                    if shard.tables.has_counted(record.identity, record.table, record.sequence):
-                        continue
-                    rows = shard.tables.tables[record.table]
-                    rows.push(Part(blobs[0].view(np.int64), _matrix(blobs[1], rows), record.scalars), now=record.now)
-                    shard.tables.count(record.identity, record.table, record.sequence)
-                case PagePut():
-                    shard.tables.tables[record.table].put(record, blobs[0])
+            if isinstance(record, Step):
+                self._prepare_again(record, entry.blobs())
+                shard.handle(Flip(record.change.commit, shard.is_prepared))
+                book = book.after(record.change)
+            else:
+                self._apply(record, entry.blobs())
         return book
+
+    def _prepare_again(self, step: Step, blobs: list[np.ndarray]) -> None:
+        """Prepare what a commit did here; `Flip` follows."""
+        tables = self._shard.tables
+        blobs = self._shard.prepare_again(step.specs, blobs)
+        means, now = [], 0.0
+        for (number, scalars, now), ids, gradients in zip(step.tables, blobs[::2], blobs[1::2], strict=True):  # noqa: B007
+            means.append((number, Part(ids.view(np.int64), _matrix(gradients, tables.tables[number]), scalars)))
+        tables.gather_again(means, now)
+
+    def _apply(self, record: Pushed | PagePut, blobs: list[np.ndarray]) -> None:
+        """Apply what counted at once, unless it has."""
+        tables = self._shard.tables
+        rows = tables.tables[record.table]
+        if isinstance(record, PagePut):
+            rows.put(record, blobs[0])
+        elif not tables.has_counted(record.identity, record.table, record.sequence):
+            rows.push(Part(blobs[0].view(np.int64), _matrix(blobs[1], rows), record.scalars), now=record.now)
+            tables.count(record.identity, record.table, record.sequence)
 
     # Writing down.
 
     def _persist(self, request: Persist) -> Done:
         """Write down what is prepared and gathered; returns when it survives."""
-        specs, sums = self._shard.prepared_sums()
+        self._leads = True
+        # What was refused may be prepared still.
+        specs, sums = self._shard.prepared_sums() if request.swap else ((), [])
         parts, now = self._shard.tables.gathered()
         step = Step(
             request.change,
@@ -215,19 +379,54 @@ class Keeper:
         )
         arrays = [*sums, *(array for _, part in parts for array in (part.ids, part.gradients))]
         self._write(step, arrays)()
+        if self._is_replicated and self._book is not None:
+            if request.change.commit == self._book.commit:  # between two commits: no flip follows
+                self._book = self._book.after(request.change)
+            else:
+                self._pending = request.change
         return Done()
 
-    def note(self, record: Pushed | PagePut, arrays: Sequence[np.ndarray]) -> Callable[[], None]:
-        """Write down what a table is about to acknowledge, in the order of application; returns what waits until it survives."""
+    def _take_notes(self) -> None:
+        """Write down what the tables acknowledge from now on."""
+        tables = self._shard.tables
+        tables.note = partial(self.note, tables) if self._persists else None
+
+    def note(self, tables: Tables, record: Pushed | PagePut, arrays: Sequence[np.ndarray]) -> Callable[[], None]:
+        """Write down what a table is about to acknowledge, in the order of application; returns what waits until it survives.
+
+        Raises PeerLostError where the job has come back meanwhile without these tables: nothing of it counts, and it is to be said again.
+        """
+        if tables is not self._shard.tables:
+            raise PeerLostError("Expected a request of the job as it is now, got one from before a server was lost.")
         return self._write(record, arrays)
 
     def _write(self, record: Step | Pushed | PagePut, arrays: Sequence[np.ndarray]) -> Callable[[], None]:
-        log = self._log
-        if log is None:
-            raise InternalError("Expected a log to write to, got none.")
         blobs = [memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)) for array in arrays]
-        ticket = log.append(msgspec.msgpack.encode(record), blobs)
-        return lambda: log.sync(ticket)
+        head, log = msgspec.msgpack.encode(record), self._log
+        if log is None:
+            if self._has_log:
+                raise PeerLostError("Expected a log to write to, got none: this server begins anew.")
+            if self._feed is not None:
+                self._feed.send(head, blobs)  # in the order of application
+            return lambda: None
+        ticket = log.append(head, blobs)
+
+        def wait() -> None:
+            try:
+                log.sync(ticket)
+            except StorageError as error:
+                if self._log is log:
+                    raise
+                raise PeerLostError("Expected the server to go on, got one that went back: ask again.") from error
+
+        return wait
+
+    def _stop(self) -> None:
+        """From here on what workers say to the tables as they were counts nowhere, and they are told so."""
+        self._give_up()
+        with self._shard.tables.still():
+            self._shard.tables.is_over = True
+        self._close_log()
 
     def _close_log(self) -> None:
         log, self._log = self._log, None
@@ -236,20 +435,86 @@ class Keeper:
 
     def close(self) -> None:
         """Write no more."""
-        if self._writing is not None:
-            self._writing.end()
-        self._close_log()
+        with self._turn:
+            self._is_closed = True
+        self._stop()
+        self._drop_feeds()
+
+    def _drop_feeds(self) -> None:
+        """There is no follower any more."""
+        for feed in (self._feed, self._next_feed):
+            if feed is not None:
+                feed.close()
+        self._feed = self._next_feed = None
 
 
-def open_store(store: str, index: int, *, resumes: bool) -> tuple[Files, str]:
-    """Return the store as one server sees it. Raises SettingError where there is none, or a job lies there that is not to go on."""
+def open_store(store: str, index: int, *, resumes: bool) -> tuple[Files, str, Callable[[], None]]:
+    """Return the store as one server sees it, and what gives its place in it up. index: -1: it is claimed by nobody.
+
+    Raises SettingError where there is none, another process has that place, or a job lies there that is not to go on.
+    """
     if not store:
         raise SettingError("Expected a store for a durable job, got none: give it a folder.")
     files, path = open_files(store)
     files.make_folder(path)
+    let_go = claim(files, f"{path}/lock-{index}") if index >= 0 else lambda: None
     if not resumes and (find(files, path) or any(name.startswith(f"log-{index}-") for name in files.list(path))):
+        let_go()
         raise SettingError(f"Expected an empty store, got a job in {store}: resume it, or give another folder.")
-    return files, path
+    return files, path, let_go
+
+
+class Feed:
+    """The way to a follower: records go there one by one, and each is answered. It can be shared between threads.
+
+    Once it is lost nothing is sent: until another follower is there, what is acknowledged survives as under `snapshot`.
+    """
+
+    def __init__(self, connection: Connection, lose: Callable[[], None]) -> None:
+        self._connection, self._tell = connection, lose
+        self._turn = threading.Lock()
+        self._is_lost = False
+
+    @classmethod
+    def to(cls, address: ServerAddress, token: str, lose: Callable[[], None]) -> Feed:
+        """Connect to a follower. lose: says that it is one no more. Raises UnreachableError, PeerLostError."""
+        near = address.host == host_name() and address.unix
+        connection = connect(Address.parse(near or address.tcp))
+        try:
+            connection.set_timeout(_limits.SILENCE_S)
+            request(connection, Hello(token, "leader", 0))
+        except BaseException:
+            connection.close()
+            raise
+        return cls(connection, lose)
+
+    def send(self, head: bytes, blobs: Sequence[memoryview]) -> None:
+        """Let the follower have a record; returns when it has."""
+        with self._turn:
+            if self._is_lost:
+                return
+            message = Apply(head, tuple(blob.nbytes for blob in blobs))
+            try:
+                self._connection.send_head(message, sum(message.sizes))
+                for blob in blobs:
+                    self._connection.send_more(blob)
+                self._connection.flush()
+                answer = self._connection.receive().message
+            except HeadwaterError as error:
+                self._lose(error)
+            else:
+                if isinstance(answer, Failed):
+                    self._lose(answer.exception())
+
+    def _lose(self, why: HeadwaterError) -> None:
+        self._tell()  # before anything is acknowledged that it lacks
+        warn(f"a follower is lost: {why} Until there is another, what is acknowledged survives as under snapshot.")
+        self._is_lost = True
+        self._connection.close()
+
+    def close(self) -> None:
+        """Send no more."""
+        self._connection.close()
 
 
 class _Folded:
@@ -258,7 +523,7 @@ class _Folded:
     def __init__(self, files: Files, path: str, name: str) -> None:
         count = open_manifest(files, f"{path}/{name}").servers
         shards = [Shard(threads=len(os.sched_getaffinity(0))) for _ in range(count)]
-        self._keepers = [Keeper(shard, files, path, has_log=True) for shard in shards]
+        self._keepers = [Keeper(shard, files, path, Durability("log")) for shard in shards]
         recalled = self._ask_each(lambda i: Recall(name, i))
         commit = min(answer.commit for answer in recalled if isinstance(answer, Recalled))
         for i, keeper in enumerate(self._keepers):
@@ -280,9 +545,25 @@ class _Folded:
 
 
 def fold(files: Files, path: str, name: str) -> str:
-    """Make one snapshot of a snapshot and the logs that go on from it; returns its folder. For a job that is not running."""
-    snapshots = Snapshots(files, path, Durability("log"), lambda _: None)
-    return snapshots.take(_Folded(files, path, name)).path
+    """Make one snapshot of a snapshot and the logs that go on from it; returns its name. For a job that is not running."""
+    snapshots = Snapshots(files, path, Durability("log"), str)
+    return snapshots.take(_Folded(files, path, name)).path.rpartition("/")[2]
+
+
+def newest(files: Files, path: str) -> str:
+    """Return the folder of a snapshot that has all that a store holds, its logs included; makes one where it must.
+
+    Raises StorageError where there is none that can be read, SettingError where the job is running.
+    """
+    let_go = claim(files, f"{path}/lock-0")
+    try:
+        names = find(files, path)
+        if not names:
+            raise StorageError(f"Expected a snapshot in {path}, got none.")
+        has_log = any(name.startswith("log-") for name in files.list(path))
+        return f"{path}/{fold(files, path, names[0]) if has_log else names[0]}"
+    finally:
+        let_go()
 
 
 class _Writing:
@@ -294,7 +575,7 @@ class _Writing:
         self._error = ""
         self._pinned: Pinned | None = None
         self._is_pinned = threading.Event()
-        self._last: dict[int, list[RowChanges]] = {}  # by table, the last changes
+        self._writers: dict[int, TableWriter] = {}  # by table; of the thread, and of `pin` while that waits for it
         self._rest = Rest()
         self._files_written: list[File] = []
         self._thread = threading.Thread(target=self._run, name="snapshot", daemon=True)
@@ -306,16 +587,19 @@ class _Writing:
         return SnapshotState(self._is_due, self._is_whole, tuple(self._files_written), rest, self._error)
 
     def pin(self, log: Log | None) -> None:
-        """This is the state to write: set it aside."""
+        """This is the state to write: set it aside. What is kept from now on goes on from it."""
         tables = self._shard.tables
-        with tables.still():
-            self._pinned = self._shard.pin()
+        self._pinned = self._shard.pin()
+        try:
             for number, rows in sorted(tables.tables.items()):
-                self._last[number] = list(rows.changes_since(_CONSUMER))
-            steps = tuple(rows.step for _, rows in sorted(tables.tables.items()))
-            self._rest = Rest(steps, tuple((i, t, s) for (i, t), s in tables.sequences.items()))
-            if log is not None:
-                log.rotate(self._shard.commit)
+                self._write_changes(number, rows)  # to its file, not aside: it may be much
+        except HeadwaterError as error:
+            self._error = str(error)
+        steps = tuple(rows.step for _, rows in sorted(tables.tables.items()))
+        if log is not None:
+            log.rotate(self._shard.commit)
+        sequences = tuple((i, t, s) for (i, t), s in tables.sequences.items())
+        self._rest = Rest(steps, sequences, None if log is None else log.place)
         self._is_pinned.set()
 
     def end(self) -> None:
@@ -328,20 +612,13 @@ class _Writing:
 
     def _run(self) -> None:
         try:
-            writers = {
-                number: self._write_rows(number, rows) for number, rows in sorted(self._shard.tables.tables.items())
-            }
+            for number, rows in sorted(self._shard.tables.tables.items()):
+                self._write_rows(number, rows)
             self._is_due = True
             self._is_pinned.wait()
-            if self._has_ended:
+            if self._has_ended or self._error:
                 return
-            for number, writer in writers.items():
-                changes = self._last.pop(number, [])
-                if any(
-                    change.restart for change in changes
-                ):  # more was deleted than the table remembers: all rows came again
-                    writer = self._new_writer(number, self._shard.tables.tables[number])  # noqa: PLW2901
-                _add(writer, changes)
+            for _, writer in sorted(self._writers.items()):
                 self._files_written += writer.close()
             pinned = self._pinned
             if pinned is not None and pinned.planes:
@@ -358,29 +635,48 @@ class _Writing:
                 with suppress(ValueError):  # it was not tracked yet
                     rows.kernel.untrack(_CONSUMER)
 
+    def _write_rows(self, number: int, rows: Rows) -> None:
+        """Write a table's rows, and then what has changed meanwhile, until that is little or becomes no less."""
+        before = 0
+        for _ in range(_ROUNDS):
+            found = rows.stats()
+            count = self._write_changes(number, rows, found.rows + found.spilled_rows)
+            if count <= _FEW_ROWS or (before and count > _SHRINKS * before) or self._has_ended:
+                break
+            before = count
+
+    def _write_changes(self, number: int, rows: Rows, limit: int | None = None) -> int:
+        """Write what has changed since the last call, at first that is everything; returns how many rows.
+
+        limit: about so many: a table that changes faster than it is written always has more.
+        """
+        if number not in self._writers:
+            self._writers[number] = self._new_writer(number, rows)
+            rows.kernel.track(_CONSUMER)
+        count = 0
+        for change in rows.changes_since(_CONSUMER):
+            if change.restart:  # more was deleted than the table remembers: all rows come again
+                self._writers[number] = self._new_writer(number, rows)
+            writer = self._writers[number]
+            writer.deleted(change.deleted)
+            writer.rows(*change.rows)
+            count += len(change.rows.ids)
+            if limit is not None and (count >= limit or self._has_ended):
+                break
+        return count
+
     def _new_writer(self, number: int, rows: Rows) -> TableWriter:
         return TableWriter(self._files, self._folder, self._index, number, rows.spec)
 
-    def _write_rows(self, number: int, rows: Rows) -> TableWriter:
-        """Write a table's rows, and then what has changed meanwhile until that is little."""
-        writer = self._new_writer(number, rows)
-        rows.kernel.track(_CONSUMER)
-        count = _FEW_ROWS + 1
-        for _ in range(_ROUNDS):
-            if count <= _FEW_ROWS or self._has_ended:
-                break
-            count = 0
-            for change in rows.changes_since(_CONSUMER):
-                writer = self._new_writer(number, rows) if change.restart else writer
-                _add(writer, [change])
-                count += len(change.rows.ids)
-        return writer
+
+def _up_to(
+    commit: int, found: list[tuple[Step | Pushed | PagePut, Entry]]
+) -> list[tuple[Step | Pushed | PagePut, Entry]]:
+    return [each for each in found if not isinstance(each[0], Step) or each[0].change.commit <= commit]
 
 
-def _add(writer: TableWriter, changes: Sequence[RowChanges]) -> None:
-    for change in changes:
-        writer.deleted(change.deleted)
-        writer.rows(*change.rows)
+def _rest(manifest: Manifest, server: int) -> Rest:
+    return msgspec.msgpack.decode(manifest.parts[server], type=Rest)
 
 
 def _matrix(raw: np.ndarray, rows: Rows) -> np.ndarray:

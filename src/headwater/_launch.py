@@ -19,11 +19,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
+from headwater._consistency import Consistency
 from headwater._errors import HeadwaterError, HostError, PeerLostError
 from headwater._session import Session, connect_session
+from headwater._transport import Address
 from headwater.durability import Durability
+
+if TYPE_CHECKING:
+    from headwater._server import Server
 
 START_S = 30.0  # a server must say where it listens by then
 RESTARTS = 3
@@ -62,6 +67,8 @@ class LocalJob:
         self.durability, self.store, self._resumes = durability, store, resumes
         self._addresses: dict[int, str] = {}  # of servers that have said where they listen
         self._begun = [0] * workers  # by index: processes that were in a commit, those that have ended
+        self._is_replicated = durability is not None and durability.kind == "replicated"
+        self._coordinator: Server | None = None  # of a replicated job, in this process
         self.servers: list[subprocess.Popen[bytes]] = []
         self.workers: list[subprocess.Popen[bytes]] = []
         self._folder = tempfile.mkdtemp(prefix=f"headwater-{os.geteuid()}-{os.getpid()}-")
@@ -74,7 +81,9 @@ class LocalJob:
 
     def __enter__(self) -> LocalJob:
         try:
-            for i in range(self.server_count):
+            if self._is_replicated:
+                self._start_coordinator()
+            for i in range(self.server_count * (1 + self._is_replicated)):
                 self._start_server(i)
             self.observer()  # now, so that the end of a server is seen at once later
             for i in range(self.worker_count):
@@ -96,14 +105,17 @@ class LocalJob:
             Path(self._folder, str(i)).unlink(missing_ok=True)
         command = [sys.executable, "-P", "-m", "headwater", "server", "--listen", listen, "--stop-with-input"]
         command += ["--threads", str(max(1, _cores() // self.server_count))]
-        if i == 0:
+        if i == 0 and not self._is_replicated:
             command += ["--workers", str(self.worker_count), "--servers", str(self.server_count)]
             command += ["--consistency", self.consistency] if self.consistency else []
         else:
             command += ["--join", self.address]
         if self.durability is not None:
-            command += ["--durability", str(self.durability), "--store", self._kept, "--index", str(i)]
+            index = i % self.server_count
+            command += ["--durability", str(self.durability), "--store", self._kept, "--index", str(index)]
             command += ["--resume"] if self._resumes or i in self._addresses else []
+            # Of two processes with one index the later one follows, whichever that is.
+            command += ["--follow"] if i >= self.server_count or (self._is_replicated and i in self._addresses) else []
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -112,9 +124,22 @@ class LocalJob:
             start_new_session=True,
         )
         self.servers[i : i + 1] = [process]
-        self._addresses[i] = _read_address(process)
-        self.address = self._addresses[0]
+        if i not in self._addresses:  # else nobody waits: it may wait for another that is still to be started again
+            self._addresses[i] = _read_address(process)
+        if not self._is_replicated:
+            self.address = self._addresses[0]
         self._watch("server", i, process)
+
+    def _start_coordinator(self) -> None:
+        from headwater._server import Server
+
+        listen = "tcp://127.0.0.1:0" if self.transport == "tcp" else f"unix://{self._folder}/coordinator"
+        self._coordinator = Server(
+            Address.parse(listen), token=self.token, workers=self.worker_count, servers=self.server_count,
+            consistency=Consistency.parse(self.consistency) if self.consistency else None,
+            durability=self.durability, store=self._kept, resumes=self._resumes, is_apart=True,
+        )  # fmt: skip
+        self.address = self._coordinator.address.tcp or self._coordinator.address.unix
 
     def _start_worker(self, i: int) -> None:
         """Start worker i; again, where it has died: nobody waits for it to join."""
@@ -239,6 +264,8 @@ class LocalJob:
         _stop(self.workers, signal.SIGINT)
         for server in self.servers:
             _close_pipes(server)
+        if self._coordinator is not None:
+            self._coordinator.close()  # first: the ends of servers are no losses now
         _stop(self.servers, signal.SIGTERM)
         shutil.rmtree(self._folder, ignore_errors=True)
         if self.store is None and self._kept:

@@ -31,7 +31,7 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -102,15 +102,15 @@ class Entry:
 
 
 class LogReader:
-    """The records of a server's log, from files that start at commit `since` or later, oldest first.
+    """The records of a server's log, from files that start at commit `since`, at that in `life`, or later, oldest first.
 
     Heads are checked as they are read; payloads by `Entry.blobs`, and here only those at the end that no later record says were durable.
     Iterating raises StorageError where something that had been acknowledged is damaged or missing; after it, `end` says where the log ends.
     """
 
-    def __init__(self, files: Files, folder: str, server: int, since: int = 0) -> None:
+    def __init__(self, files: Files, folder: str, server: int, since: int = 0, life: int = 0) -> None:
         self.end = LogEnd("", 0, "")
-        self._files, self._folder, self._server, self._since = files, folder, server, since
+        self._files, self._folder, self._server, self._since = files, folder, server, _Place(since, life)
 
     def __iter__(self) -> Iterator[Entry]:
         for path, limit in self._chain():
@@ -118,10 +118,10 @@ class LogReader:
 
     def _chain(self) -> list[tuple[str, int | None]]:
         """Return the files to read and how many bytes of each count, unknown for the last: each names the one before."""
-        places = [place for place in _places(self._files, self._folder, self._server) if place.commit >= self._since]
+        places = [place for place in _places(self._files, self._folder, self._server) if place >= self._since]
         torn, limit, chain = "", None, list[tuple[str, int | None]]()
         place = places[-1] if places else None
-        while place is not None and place.commit >= self._since:
+        while place is not None and place >= self._since:
             path = _path(self._folder, self._server, place)
             if place not in places:
                 raise _damage(path, 0, "it is missing")
@@ -201,6 +201,11 @@ class Log:
         self._previous = self._taken_over(after)
         self._open(commit)
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """The commit that this file's records follow, and the life: where a LogReader finds what is appended from here on."""
+        return self._place
+
     def append(self, head: bytes, blobs: Sequence[Buffer] = ()) -> int:
         """Write one record; returns the ticket to sync it by. The blobs are the caller's again on return. Raises StorageError."""
         views, sizes = byte_views(blobs), [memoryview(blob).nbytes for blob in blobs]
@@ -273,7 +278,7 @@ class Log:
         for place in reversed(places):
             if after is not None and after.file:
                 break
-            reader = LogReader(self._files, self._folder, self._server, place.commit)
+            reader = LogReader(self._files, self._folder, self._server, *place)
             deque(reader, maxlen=0)
             after = reader.end
         if after is None or not after.file:
@@ -296,13 +301,16 @@ class Log:
         start = _START.pack(
             _FILE_MAGIC, FORMAT, self._server, commit, self._place.life, previous_life, previous_commit, previous_end
         )
-        self._writer = self._files.create(_path(self._folder, self._server, self._place))
+        path = _path(self._folder, self._server, self._place)
+        self._writer = self._files.create(path)
         try:
             self._writer.write(start, _SUM.pack(xxh3_64_intdigest(start)))
             self._writer.sync()
             self._files.sync_folder(self._folder)
         except BaseException:
             self._writer.close()
+            with suppress(StorageError):  # nobody knows what would be left of it after a power cut
+                self._files.remove(path)
             raise
         self._end = self._synced = self._writer.size
 

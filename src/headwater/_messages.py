@@ -59,6 +59,7 @@ class Welcome(Message, frozen=True, tag=True):
     consistency: Consistency
     servers: tuple[ServerAddress, ...]
     is_durable: bool = False  # the job outlives its servers: who loses one asks again
+    is_apart: bool = False  # the coordinator is not the first server
 
 
 class Failed(Message, frozen=True, tag=True):
@@ -264,36 +265,37 @@ class Flipped(Message, frozen=True, tag=True):
 
 
 class Enroll(Message, frozen=True, tag=True):
-    """Server to coordinator: I am here. `index`: my place among the servers; -1: any."""
+    """Server to coordinator: I am here. `index`: my place among the servers; -1: any. `follows`: or the follower of who has it."""
 
     address: ServerAddress
     index: int = -1
+    follows: bool = False
 
 
 class Recall(Message, frozen=True, tag=True):
-    """Coordinator to server: how far can you go from this snapshot of the store? Answer: Recalled."""
+    """Coordinator to server: how far can you go from this snapshot of the store? "": from what you have. Answer: Recalled."""
 
     snapshot: str
     index: int
 
 
 class Recalled(Message, frozen=True, tag=True):
-    """To commit `commit`, which was written down as `digest` tells."""
+    """To this commit; -1: nowhere."""
 
     commit: int
-    digest: bytes = b""
 
 
 class Restore(Message, frozen=True, tag=True):
     """Coordinator to server: become what this snapshot and the commits up to this one make of you. Answer: Restored.
 
-    "" for the snapshot: the store is empty; begin.
+    "" for the snapshot: the store is empty, begin; or, `is_warm`, begin from what you have.
     """
 
     snapshot: str
     commit: int
     index: int
     count: int
+    is_warm: bool = False
 
 
 class Restored(Message, frozen=True, tag=True):
@@ -303,9 +305,13 @@ class Restored(Message, frozen=True, tag=True):
 
 
 class Persist(Message, frozen=True, tag=True):
-    """Coordinator to server: write down what is prepared and gathered, and this change. Answer: Done, when it survives."""
+    """Coordinator to server: write down what is gathered, and this change. Answer: Done, when it survives.
+
+    `swap`: and what is prepared. What was prepared and refused, by this server or another, is not.
+    """
 
     change: Change
+    swap: bool = False
 
 
 class SnapshotBegin(Message, frozen=True, tag=True):
@@ -315,7 +321,9 @@ class SnapshotBegin(Message, frozen=True, tag=True):
 
 
 class Pin(Message, frozen=True, tag=True):
-    """Coordinator to server, between two commits: this is the state to write. Answer: Done, at once."""
+    """Coordinator to server, between two commits: this is the state to write, and the Book that belongs to it. Answer: Done, at once."""
+
+    book: bytes
 
 
 class SnapshotGet(Message, frozen=True, tag=True):
@@ -336,6 +344,28 @@ class Unpin(Message, frozen=True, tag=True):
     """Coordinator to server, between two commits: the snapshot has ended. `commit`: logs from before this one may go; -1: none."""
 
     commit: int
+
+
+class FeedTo(Message, frozen=True, tag=True):
+    """Coordinator to server: from the state that is pinned next on, whatever you are to keep is applied by the follower at this address
+
+    first; None: by nobody. Answer: Done.
+    """
+
+    address: ServerAddress | None
+
+
+class FeedLost(Message, frozen=True, tag=True):
+    """Server to coordinator: the follower of server `index` does not get all that is acknowledged from now on. Answer: Done."""
+
+    index: int
+
+
+class Apply(Message, frozen=True, tag=True):
+    """Server to its follower: a record as a log would hold it. Payload: blobs of these sizes. Answer: Done, in order."""
+
+    head: bytes
+    sizes: tuple[int, ...]
 
 
 class SnapshotTake(Message, frozen=True, tag=True):
@@ -610,7 +640,7 @@ AnyMessage = (
     | Attached | Sides | Detach | Put | Pull | Pulled | Push | Seal | Committed | Prepare | Prepared | Norms | Normed
     | Flip | Flipped | Enroll | Leave | Hold | Held | Resume | StateGet | State | StateSet | Report | StatsGet | Stats
     | Recall | Recalled | Restore | Restored | Persist | SnapshotBegin | Pin | SnapshotGet | SnapshotState | Unpin
-    | SnapshotTake | SnapshotTaken
+    | FeedTo | FeedLost | Apply | SnapshotTake | SnapshotTaken
     | Declare | Declared | OpenTable | Room | PullRows | PulledRows | WarmRows | PushRows | Gather | Track | ChangesGet
     | Changed | PageGet | Page | PagePut | TableStatsGet | TableStats | LeaseTake | Leased
 )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from headwater import _kernels, _limits
-from headwater._errors import HeadwaterError, ProtocolError, SettingError, WaitTimeoutError, warn
+from headwater._errors import HeadwaterError, PeerLostError, ProtocolError, SettingError, WaitTimeoutError, warn
 from headwater._messages import (
     AnyMessage,
     Attached,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from headwater._server import Server
 
 _M = TypeVar("_M")
+_C = TypeVar("_C", bound=Connection)
 
 
 class Peers:
@@ -44,8 +45,10 @@ class Peers:
         self.server: Server | None = None  #: the embedded one
         self._beat: Connection | None = None
         self._heartbeat: _kernels.Heartbeat | None = None
+        self._former: list[Connection] = []  # that others have taken the place of
         self._opened: dict[tuple[str, int], tuple[Connection, bool]] = {}  # by role and server
         self.clock = 0  #: the session's, for what people are told
+        self._is_apart = False  # the coordinator is not the first server
         self.is_durable = False  #: whether the job outlives its servers
         self.addresses: tuple[ServerAddress, ...] = ()  #: of the servers, in their order
         if address is None:
@@ -65,24 +68,30 @@ class Peers:
         self.control.set_timeout(_limits.SILENCE_S)
         self.control.send(self.hello)
         welcome = self.receive(self.control, Welcome)[0]
-        self.addresses, self.is_durable = welcome.servers, welcome.is_durable
+        self.addresses, self.is_durable, self._is_apart = welcome.servers, welcome.is_durable, welcome.is_apart
         if self._address is not None and self.hello.role == "worker":
             self._start_beat(self._address)
         return welcome
 
     def reconnect(self, index: int) -> Welcome:
         """Make every connection again, as the same worker. Raises as `greet`."""
-        self._disconnect()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+        self._former = list(self._connections())
         self._opened.clear()
+        self._beat = self._heartbeat = None
         self.hello = msgspec.structs.replace(self.hello, index=index, returns=True)
         self.control = self._open_control()
-        return self.greet()
+        welcome = self.greet()
+        for connection in self._former:  # not before: their end would look like this worker's
+            connection.close()
+        self._former.clear()
+        return welcome
 
     def _start_beat(self, address: Address) -> None:
-        beat = connect(address)
-        request(beat, Hello(self.hello.token, "beat", self.hello.identity))
-        control = encode(Beat())
+        beat = self._greeted(connect(address), "beat")
         self._beat = beat
+        control = encode(Beat())
         self._heartbeat = _kernels.Heartbeat(
             beat.fileno(), pack_header(len(control), 0) + control, _limits.BEAT_INTERVAL_S
         )
@@ -99,7 +108,7 @@ class Peers:
         shares = self.control.can_share if self.server is not None else local and self._transport != "tcp"
         if self._transport == "shm" and not shares:
             raise SettingError("Expected servers on this machine and of this user for transport='shm': leave it out.")
-        if i == 0 and self.control.can_share == shares and role == "data":
+        if i == 0 and self.control.can_share == shares and role == "data" and not self._is_apart:
             return self.control, shares
         if self.server is not None:
             return self._greeted(self.server.connect_memory(), role), shares
@@ -109,14 +118,37 @@ class Peers:
                 "Expected a server that listens on TCP for transport='tcp', got one on a Unix socket only."
             )
         target = Address.parse(address)
-        if i == 0 and self._address is not None and target.kind == "tcp" == self._address.kind:
+        if i == 0 and self._address is not None and not self._is_apart and target.kind == "tcp" == self._address.kind:
             target = self._address
         return self._greeted(connect(target), role), shares
 
-    def _greeted(self, connection: Connection, role: str) -> Connection:
+    def _greeted(self, connection: _C, role: str) -> _C:
         connection.set_timeout(_limits.SILENCE_S)
-        request(connection, Hello(self.hello.token, role, self.hello.identity))
+        try:
+            self._say_hello(connection, role)
+        except BaseException:
+            connection.close()
+            raise
         return connection
+
+    def reader(self, i: int) -> Connection:
+        """Return a connection to server i for one who only reads."""
+        return self.control if i == 0 and not self._is_apart else self.open("data", i)[0]
+
+    def _say_hello(self, connection: Connection, role: str) -> None:
+        try:
+            request(connection, Hello(self.hello.token, role, self.hello.identity))
+        except HeadwaterError as error:
+            connection.close()
+            if self.is_durable and isinstance(error, ProtocolError):  # its server is about to end
+                raise PeerLostError(f"The connection to {connection.peer} ended: {error}") from error
+            raise
+
+    def _meant(self, error: HeadwaterError) -> HeadwaterError:
+        """Return what an answer means: servers of a job that has gone on without this worker do not know it, or what it speaks of."""
+        if isinstance(error, ProtocolError) and self.is_durable and self.control.has_ended:
+            return PeerLostError(f"The connection to {self.control.peer} ended: {error}")
+        return error
 
     def receive(
         self,
@@ -139,11 +171,16 @@ class Peers:
             return target
 
         while True:
-            message, fds = connection.receive(sink, with_fds=answer is Attached)
+            try:
+                message, fds = connection.receive(sink, with_fds=answer is Attached)
+            except WaitTimeoutError as error:
+                if not self.is_durable:
+                    raise
+                raise PeerLostError(f"{error} It is taken for dead.") from error
             if isinstance(message, answer):
                 return message, fds
             if isinstance(message, Failed):
-                raise message.exception()
+                raise self._meant(message.exception())
             if isinstance(message, Pulled):  # comes before the Committed that says whether it holds
                 continue
             if not isinstance(message, Waiting):
@@ -183,7 +220,7 @@ class Peers:
             connection.abandon()
 
     def _connections(self) -> Iterator[Connection]:
-        yield self.control
+        yield from [*self._former, self.control]
         if self._beat is not None:
             yield self._beat
         for connection, _ in self._opened.values():

@@ -14,8 +14,9 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -39,6 +40,7 @@ from headwater._errors import (
 from headwater._keeper import Keeper, fold, open_store
 from headwater._messages import (
     AnyMessage,
+    Apply,
     Attach,
     Attached,
     Beat,
@@ -46,18 +48,22 @@ from headwater._messages import (
     Done,
     Enroll,
     Failed,
+    FeedLost,
     Hello,
     Here,
     Hold,
     Initialised,
     LeaseTake,
     Leave,
+    Pin,
     Pull,
     Pulled,
     Push,
     Put,
+    Recall,
     Register,
     Report,
+    Restore,
     Resume,
     Seal,
     ServerAddress,
@@ -67,6 +73,8 @@ from headwater._messages import (
     StateGet,
     StateSet,
     StatsGet,
+    Unpin,
+    Waiting,
 )
 from headwater._snapshots import Snapshots
 from headwater._transport import (
@@ -83,7 +91,7 @@ from headwater._transport import (
 )
 from headwater.durability import Durability
 
-ROLES = ("worker", "data", "table", "beat", "observer", "server", "coordinator")
+ROLES = ("worker", "data", "table", "beat", "observer", "server", "coordinator", "leader")
 
 
 #: Folders of sockets are named by this, the process id and something random.
@@ -96,7 +104,8 @@ class Server:
     join: the coordinator's address; None: this process holds the coordinator, for `servers` servers and `workers` workers
     (0: as many as the first worker says).
     durability: what the job survives, None: nothing; the same for every server, with `store`, a folder that all of them reach, and
-    `index`, this server's place, from 0. resumes: go on from what the store holds; else it must be empty.
+    `index`, this server's place, from 0. resumes: go on from what the store holds; else it must be empty. follows: be the follower of the
+    server with this index, or that server where there is none. is_apart: hold the coordinator alone.
     """
 
     def __init__(
@@ -114,6 +123,8 @@ class Server:
         store: str = "",
         index: int = -1,
         resumes: bool = False,
+        follows: bool = False,
+        is_apart: bool = False,
     ) -> None:
         if not 0 <= workers <= _limits.WORKERS or not 1 <= servers <= _limits.SERVERS:
             raise SettingError(
@@ -123,17 +134,24 @@ class Server:
             raise SettingError("Expected a token where a server listens, got none: set HEADWATER_TOKEN.")
         self.token = token
         self.shard = Shard(threads=threads or len(os.sched_getaffinity(0)), level=level)
-        self._join, self._index = join, 0 if join is None else index
+        self._index, self._follows = 0 if join is None else index, follows
         self._keeper, keep = None, None
+        self._let_go: Callable[[], None] = lambda: None  # of the store
         if durability is not None:
-            files, path = open_store(store, self._index, resumes=resumes)
-            self._keeper = self.shard.keeper = Keeper(self.shard, files, path, has_log=durability.kind == "log")
+            if durability.kind == "replicated" and join is None and not is_apart:
+                raise SettingError(
+                    "Expected the coordinator apart from the servers of a replicated job, got both in one."
+                )
+            # In a replicated job two servers have the same place, and the coordinator sees to it that there are no more.
+            place = -1 if durability.kind == "replicated" and not is_apart else self._index
+            files, path, self._let_go = open_store(store, place, resumes=resumes or follows)
+            self._keeper = self.shard.keeper = Keeper(self.shard, files, path, durability, token, join)
             if join is None:
                 keep = Snapshots(files, path, durability, partial(fold, files, path))
         self.coordinator: Coordinator | None = None
         if join is None:
             self.coordinator = Coordinator(
-                self.shard, consistency=consistency, workers=workers, servers=servers, keep=keep
+                None if is_apart else self.shard, consistency=consistency, workers=workers, servers=servers, keep=keep
             )
         self._listeners: list[socket.socket] = []
         self._connections: set[Connection] = set()
@@ -147,7 +165,8 @@ class Server:
             if listen_on is not None:
                 self._listen(listen_on)
             if self.coordinator is not None:
-                self.coordinator.add_server(self.address, None)
+                if not is_apart:
+                    self.coordinator.add_server(self.address)
                 if keep is not None:
                     threading.Thread(
                         target=keep.keep_taking, args=(self.coordinator,), name="snapshots", daemon=True
@@ -208,6 +227,12 @@ class Server:
             if self._is_closed:
                 connection.close()
 
+    def drop(self, connection: Connection) -> None:
+        """Close a connection that was kept."""
+        connection.close()
+        with self._lock:
+            self._connections.discard(connection)
+
     def _enroll(self, join: Address, patience_s: float) -> None:
         """Join a job as a further server; the coordinator then connects back to us. Its end is ours."""
         connection = connect(join, patience_s)
@@ -217,17 +242,20 @@ class Server:
             # Listening everywhere: workers find us where the coordinator does.
             tcp = str(Address.parse(tcp)._replace(host=connection.own_host))
             self.address = ServerAddress(tcp, self.address.unix, self.address.host)
-        request(connection, Hello(self.token, "server", 0, label=_label()))
-        request(connection, Enroll(self.address, self._index))
-
+        follows = self._follows and self._keeper is not None and self._keeper.begin_following()
+        try:
+            request(connection, Hello(self.token, "server", 0, label=_label()))
+            request(connection, Enroll(self.address, self._index, follows))
+        except BaseException:
+            self.drop(connection)
+            raise
         threading.Thread(target=self._watch, args=(join, connection), name="watch", daemon=True).start()
 
     def _watch(self, join: Address, connection: Connection) -> None:
         """The end of the coordinator is ours, unless the job is durable: then it is started again, and we go on."""
         with contextlib.suppress(HeadwaterError):
             connection.receive()
-        with self._lock:
-            self._connections.discard(connection)
+        self.drop(connection)
         deadline = time.monotonic() + (_limits.REJOIN_S if self._keeper is not None else 0.0)
         while time.monotonic() < deadline and not self._is_closed:
             try:
@@ -239,6 +267,14 @@ class Server:
                 warn(f"the coordinator does not take this server back: {error}")
                 break
         self.stopped.set()
+
+    def follow(self, message: Apply, payload: np.ndarray | None) -> None:
+        """Apply what the server that this one follows is about to acknowledge."""
+        if self._keeper is None:
+            raise ProtocolError("Expected a record at a follower, got one at a server of a job without durability.")
+        ends = np.cumsum((0, *message.sizes))
+        whole = np.empty(0, np.uint8) if payload is None else payload
+        self._keeper.follow(message.head, [whole[a:b] for a, b in pairwise(ends)])
 
     # One connection.
 
@@ -295,6 +331,7 @@ class Server:
             connection.close()
         if self._keeper is not None:
             self._keeper.close()
+        self._let_go()
         # A thread that is in native code while the interpreter ends would abort the process.
         deadline = time.monotonic() + _limits.CLOSE_S
         for thread in threads - {threading.current_thread()}:
@@ -399,7 +436,7 @@ class _Handler:
             case LeaseTake():
                 self._answer(self._job().lease(self._identity, message, self._connection.send))
             case Leave():
-                self._job().leave(self._identity, close=False)
+                self._job().end(self._identity)
                 self._answer(Done())
             case Hold():
                 self._answer(self._job().hold(self._identity, self._connection.send))
@@ -419,6 +456,17 @@ class _Handler:
                 self._answer(self._job().take_snapshot(self._connection.send))
             case Enroll() if self.role == "server":
                 self._enroll(message)
+            case FeedLost() if self.role == "server":
+                self._job().lose_follower(message.index)
+                self._answer(Done())
+            case Apply() if self.role == "leader":
+                self._server.follow(message, self._incoming)
+                self._incoming = None
+                self._answer(Done())
+            case Recall() | Restore() | Pin() | Unpin() if self.role == "coordinator":
+                with _at_work(self._connection):
+                    answer = self._shard.handle(message)
+                self._answer(answer)
             case _ if self.role == "coordinator":
                 self._answer(self._shard.handle(message))
             case _:
@@ -439,6 +487,9 @@ class _Handler:
             if isinstance(message, Seal) and message.pull == "sent" and size > _limits.PIECE_BYTES:
                 self._foreseen = self._job().foresee(self._identity, message)
             return inbox
+        if isinstance(message, Apply) and self.role == "leader" and size == sum(message.sizes):
+            self._incoming = np.empty(size, np.uint8)
+            return memoryview(self._incoming)
         if isinstance(message, Put) and is_worker:
             expected = self._shard.plane_bytes(message.plane)
             if size == expected:
@@ -497,9 +548,12 @@ class _Handler:
         job = self._job()
         try:
             request(back, Hello(self._server.token, "coordinator", 0))
-            self._enrolled = (job.add_server(message.address, back, message.index), back)
-        except HeadwaterError:
-            back.close()
+            self._enrolled = (
+                job.add_server(message.address, back, self._connection, index=message.index, follows=message.follows),
+                back,
+            )
+        except BaseException:
+            self._server.drop(back)
             raise
         self._answer(Done())
 
@@ -517,8 +571,29 @@ class _Handler:
         if self.role == "worker":
             self._coordinator.leave(self._identity, self._connection)
         elif self._enrolled is not None:
-            self._coordinator.lose_server(*self._enrolled)
+            self._server.drop(self._enrolled[1])
+            if not self._coordinator.lose_follower(*self._enrolled):
+                self._coordinator.lose_server(*self._enrolled)
         self._coordinator.resume(self._identity)
+
+
+@contextlib.contextmanager
+def _at_work(connection: Connection) -> Iterator[None]:
+    """Say now and then that this takes long, which silence would not tell from death."""
+    is_done, start = threading.Event(), time.monotonic()
+
+    def say() -> None:
+        while not is_done.wait(_limits.REPORT_WAIT_S):
+            with contextlib.suppress(PeerLostError):
+                connection.send(Waiting(time.monotonic() - start, ()))
+
+    thread = threading.Thread(target=say, name="at work", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_done.set()
+        thread.join()
 
 
 def _refuse(connection: Connection, error: HeadwaterError) -> None:

@@ -273,7 +273,13 @@ class Session:
         """
         wanted = Declare(name, dim, optimizer, initial, seed, policy, consistency)
         spec_of(wanted, self.consistency, dim=1 if dim is None else dim)  # which checks it before it travels
-        declared = self._ask(wanted, Declared)
+        self._require_open()
+        if self._is_pending:
+            self.wait()
+        return self._surviving(partial(self._declare, wanted))
+
+    def _declare(self, wanted: Declare) -> Table:
+        declared = self._ask_once(wanted, Declared)
         return self._open_tables().table(declared.table, declared.spec)
 
     def _open_tables(self) -> Tables:
@@ -362,6 +368,9 @@ class Session:
             self._tables.settle()  # what is staged for this step lies on every server before its seal
         if self._is_void:
             self._drop_step()
+            self._sequence += 1  # what servers hold of this step belongs to no other
+            for data in self._leased.values():
+                data.rolled_back()  # what was yielded for this step comes again
             self.pull_parameters()
             return
         self._sequence += 1
@@ -570,6 +579,9 @@ class Session:
         `model-0.safetensors` holds the parameters under their names. No commit happens meanwhile; but rows of a table that is ASP are each
         as they were when they were read. Written aside and renamed when whole: a failure leaves what was there before.
         """
+        self._surviving(lambda: self._save(path))
+
+    def _save(self, path: str | os.PathLike[str]) -> None:
         files, target = open_files(os.fspath(path))
         with _snapshot.replacing(files, target) as folder:
             written: list[File] = []
@@ -622,21 +634,27 @@ class Session:
 
     def read_optimizer(self) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, int]]:
         """Return the servers' master copy and optimizer slots, by plane and name, and each tensor's steps."""
-        with self._held() as held:
-            planes = self._read(held)
+        held, planes = self._surviving(self._read_held)
         layout = Layout(held.tensors)
         names = [spec.name for spec in held.tensors]
         return {plane: layout.master_views(lanes) for plane, lanes in planes.items()}, dict(
             zip(names, held.steps, strict=True)
         )
 
+    def _read_held(self) -> tuple[Held, Planes]:
+        with self._held() as held:
+            return held, self._read(held)
+
     def write_optimizer(self, planes: Mapping[str, Mapping[str, np.ndarray]], steps: Mapping[str, int]) -> None:
         """Replace what `read_optimizer` returns, then pull."""
         layout, _ = self._require_registered()
+        self._surviving(lambda: self._write(planes, tuple(steps.get(spec.name, 0) for spec in layout.specs)))
+        self.pull_parameters()
+
+    def _write(self, planes: Mapping[str, Mapping[str, np.ndarray]], steps: tuple[int, ...]) -> None:
         with self._held():
             self._put_planes(planes)
-            self._ask(Initialised(0, tuple(steps.get(spec.name, 0) for spec in layout.specs)), Registered)
-        self.pull_parameters()
+            self._ask(Initialised(0, steps), Registered)
 
     def _read(self, held: Held) -> Planes:
         """Collect every plane from every server while commits are held, flat, by lane."""
@@ -649,7 +667,7 @@ class Session:
             planes[plane] = whole = layout.part(0, 1).new_plane()
             for i in range(count):
                 part = layout.part(i, count)
-                connection = self._peers.control if i == 0 else self._peers.open("data", i)[0]
+                connection = self._peers.reader(i)
                 raw = np.empty(part.master_bytes, np.uint8)
                 connection.send(Pull(plane))
                 self._peers.receive(connection, Pulled, memoryview(raw))
@@ -732,7 +750,9 @@ class Session:
 
     def _come_back(self, error: PeerLostError) -> None:
         """A connection has ended: make all of them again, and say again what did not count. Raises `error` where the job is not durable."""
-        if self._is_closed or not self._peers.is_durable or self._is_holding:
+        if self._is_holding and self._peers.is_durable:
+            raise error  # what was held is held no longer: whoever holds begins again
+        if self._is_closed or not self._peers.is_durable:
             if self._layout is not None:
                 self.close()
             raise error

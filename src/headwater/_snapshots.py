@@ -14,7 +14,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, datetime
 from typing import Protocol
 
 import msgspec
@@ -40,9 +41,18 @@ from headwater._snapshot import Manifest, find, open_manifest, prune, publish, s
 from headwater.durability import Durability
 
 POLL_S = 0.02
+LOOK_S = 0.1  # between looks at whether one is due
 KEEP = 2  # snapshots; the older one is there in case a file of the newer rots
 
 AskEach = Callable[[Callable[[int], AnyMessage]], list[AnyMessage]]
+
+
+class Rest(msgspec.Struct, frozen=True):
+    """What a server's part of a snapshot has besides files."""
+
+    steps: tuple[int, ...] = ()  # of its tables
+    sequences: tuple[tuple[int, int, int], ...] = ()  # identity, table, of the last push that counted
+    log: tuple[int, int] | None = None  # the place from where its log goes on
 
 
 class Job(Protocol):
@@ -52,74 +62,117 @@ class Job(Protocol):
     def book(self) -> Book: ...
 
 
+class _Restored:
+    """A job that has just come back: nobody else speaks to its servers."""
+
+    def __init__(self, book: Book, ask_each: AskEach) -> None:
+        self._book, self._ask_each = book, ask_each
+
+    def alone(self) -> AbstractContextManager[AskEach]:
+        return nullcontext(self._ask_each)
+
+    def book(self) -> Book:
+        return self._book
+
+
 class Snapshots:
     """Where a job's snapshots are. It can be shared between threads.
 
-    path: the store, in `files`. fold: makes a snapshot of this one, by name, and of the logs that go on from it.
+    path: the store, in `files`. fold: makes a snapshot of this one, by name, and of the logs that go on from it, and returns its name.
     """
 
-    def __init__(self, files: Files, path: str, durability: Durability, fold: Callable[[str], object]) -> None:
+    def __init__(self, files: Files, path: str, durability: Durability, fold: Callable[[str], str]) -> None:
         self._fold = fold
         self.files, self.path, self.durability = files, path, durability
-        self.has_log = durability.kind != "snapshot"
+        self.has_log = durability.kind == "log"
+        self.persists = durability.kind != "snapshot"  # each commit is kept before it is acknowledged
+        self._is_replicated = durability.kind == "replicated"
         self._taking = threading.Lock()
         self._stopped = threading.Event()
+        self._due_s = time.monotonic() + durability.every_s
+        self._commit = 0  # of the newest
 
-    def restore(self, count: int, ask_each: AskEach) -> Book | None:
-        """Let `count` servers be at the same commit; returns the book that goes with it, None where the store is empty.
+    def restore(self, count: int, ask_each: AskEach) -> tuple[Book | None, bool]:
+        """Let `count` servers be at the same commit; returns the book that goes with it, None where the store is empty, and whether
+        all that was acknowledged is in it.
 
         Raises StorageError when none of the snapshots can be read.
         """
-        names = find(self.files, self.path)
-        if self.has_log and names and open_manifest(self.files, f"{self.path}/{names[0]}").servers != count:
-            self._fold(names[0])  # logs are of so many servers as have written them
-            names = find(self.files, self.path)
-        last: StorageError | None = None
-        for name in names:
+        if self._is_replicated:
+            commit = min(r.commit for r in ask_each(lambda i: Recall("", i)) if isinstance(r, Recalled))
+            if commit >= 0:
+                answers = ask_each(lambda i: Restore("", commit, i, count, is_warm=True))
+                assert isinstance(answers[0], Restored)
+                return decode_book(answers[0].book), True
+        first: StorageError | None = None
+        for name in find(self.files, self.path):
             try:
-                return self._restore(name, count, ask_each)
+                are_others = self._manifest(name).servers != count
+                # Logs are of so many servers as have written them.
+                book = self._restore(self._fold(name) if self.has_log and are_others else name, count, ask_each)
             except StorageError as error:
-                last = error
+                first = first or error
                 warn(f"{error} Trying an older snapshot.")
-        if last is not None:
-            raise StorageError(f"Expected a snapshot in {self.path} that can be read, got none: {last}") from last
+                continue
+            if self.has_log and are_others:
+                self._take(_Restored(book, ask_each))  # from which the new logs go on; whoever takes one waits for us
+            return book, self.has_log
+        if first is not None:
+            raise StorageError(f"Expected a snapshot in {self.path} that can be read, got none: {first}") from first
         ask_each(lambda i: Restore("", 0, i, count))
-        return None
+        return None, True
+
+    def _manifest(self, name: str) -> Manifest:
+        return open_manifest(self.files, f"{self.path}/{name}")
 
     def _restore(self, name: str, count: int, ask_each: AskEach) -> Book:
-        manifest = open_manifest(self.files, f"{self.path}/{name}")
+        manifest = self._manifest(name)
+        for folder in (f"{self.path}/{name}", self.path):  # who published it may have died before it did so
+            self.files.sync_folder(folder)
         commit = manifest.commit
         if self.has_log and manifest.servers == count:
             # What some have not written down was never acknowledged.
             commit = min(r.commit for r in ask_each(lambda i: Recall(name, i)) if isinstance(r, Recalled))
         answers = ask_each(lambda i: Restore(name, commit, i, count))
+        # The next one is due as if nothing had happened: else a job whose servers die more often than that would get none.
+        self._commit, age_s = manifest.commit, (datetime.now(UTC) - manifest.time).total_seconds()
+        self._due_s = time.monotonic() + min(max(self.durability.every_s - age_s, 0.0), self.durability.every_s)
         assert isinstance(answers[0], Restored)
         return decode_book(answers[0].book)
 
-    def take(self, job: Job) -> SnapshotTaken:
-        """Take a snapshot now; returns when it is whole. Raises StorageError; older snapshots are then as they were."""
+    def take(self, job: Job, feeds: Callable[[int], AnyMessage] | None = None) -> SnapshotTaken:
+        """Take a snapshot now; returns when it is whole. Raises StorageError; older ones are then as they were.
+
+        feeds: what is said to each server before the state is set aside.
+        """
         with self._taking:
+            return self._take(job, feeds)
+
+    def _take(self, job: Job, feeds: Callable[[int], AnyMessage] | None = None) -> SnapshotTaken:
+        with job.alone() as ask_each:
             newest = next(iter(find(self.files, self.path)), "")
             number = max(job.book().commit, int(newest.rpartition("-")[2] or -1) + 1)
             folder = f"{self.path}/{snapshot_name(number)}"
             self.files.make_folder(folder)
+            ask_each(lambda _: SnapshotBegin(folder))
+        oldest = -1
+        try:
+            self._poll(job, lambda state: state.is_due)
             with job.alone() as ask_each:
-                ask_each(lambda _: SnapshotBegin(folder))
-            oldest = -1
-            try:
-                self._poll(job, lambda state: state.is_due)
-                with job.alone() as ask_each:
-                    book = job.book()
-                    ask_each(lambda _: Pin())
-                states = self._poll(job, lambda state: state.is_whole)
-                publish(self.files, folder, _manifest(book, states))
-                prune(self.files, self.path, KEEP)
-                kept = find(self.files, self.path)
-                oldest = open_manifest(self.files, f"{self.path}/{kept[-1]}").commit
-            finally:
-                with job.alone() as ask_each:
-                    ask_each(lambda _: Unpin(oldest))
-            return SnapshotTaken(folder, book.commit)
+                book = job.book()
+                if feeds is not None:
+                    ask_each(feeds)
+                ask_each(lambda _: Pin(msgspec.msgpack.encode(book)))
+            states = self._poll(job, lambda state: state.is_whole)
+            publish(self.files, folder, _manifest(book, states))
+            prune(self.files, self.path, KEEP)
+            kept = find(self.files, self.path)
+            oldest = self._manifest(kept[-1]).commit
+        finally:
+            with job.alone() as ask_each:
+                ask_each(lambda _: Unpin(oldest))
+        self._commit, self._due_s = book.commit, time.monotonic() + self.durability.every_s
+        return SnapshotTaken(folder, book.commit)
 
     def _poll(self, job: Job, is_there: Callable[[SnapshotState], bool]) -> list[SnapshotState]:
         while True:
@@ -136,15 +189,16 @@ class Snapshots:
     def keep_taking(self, job: Job) -> None:
         """Take one every so often, until `stop`; what goes wrong is said, and tried again next time."""
         every_s = self.durability.every_s
-        last = job.book()
-        while every_s and not self._stopped.wait(every_s):
+        while every_s and not self._stopped.wait(min(every_s, LOOK_S)):
+            if time.monotonic() < self._due_s:
+                continue
+            book = job.book()
+            if (book.optimizer is None and not book.tables) or (book.commit == self._commit and not book.tables):
+                continue
+            self._due_s = time.monotonic() + every_s
             try:
-                book = job.book()
-                if (book.optimizer is None and not book.tables) or (book.commit == last.commit and not book.tables):
-                    continue
                 start = time.monotonic()
                 taken = self.take(job)
-                last = book
                 debug(f"snapshot of commit {taken.commit} in {time.monotonic() - start:.1f} s")
             except HeadwaterError as error:
                 if not self._stopped.is_set():
@@ -158,6 +212,7 @@ class Snapshots:
 def _manifest(book: Book, states: list[SnapshotState]) -> Manifest:
     specs = book.tensors or ()
     steps = Plan.of(book.cohort_of, book.cohorts).steps() if specs else ()
+    rests = [msgspec.msgpack.decode(state.rest, type=Rest) for state in states]
     return Manifest.of(
         commit=book.commit,
         servers=len(states),
@@ -165,7 +220,7 @@ def _manifest(book: Book, states: list[SnapshotState]) -> Manifest:
         optimizer=book.optimizer,
         tensors=specs,
         steps=steps,
-        tables=[(spec, 0) for spec in book.tables],
+        tables=[(spec, max(rest.steps[i] for rest in rests)) for i, spec in enumerate(book.tables)],
         state=book.state,
         files=[file for state in states for file in state.files],
         book=msgspec.msgpack.encode(book),

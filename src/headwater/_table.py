@@ -15,14 +15,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 import numpy as np
 
 from headwater import _kernels, _limits
-from headwater._errors import HostError, NonFiniteError, ProtocolError, SettingError, StorageError, UsageError
+from headwater._errors import (
+    HeadwaterError,
+    HostError,
+    NonFiniteError,
+    PeerLostError,
+    ProtocolError,
+    SettingError,
+    StorageError,
+    UsageError,
+)
 from headwater._memory import SharedBuffer, zeroed
 from headwater._messages import (
     AnyMessage,
@@ -86,6 +94,8 @@ class Rows:
         where = f"table {self.spec.name!r}"
         try:
             yield
+        except HeadwaterError:
+            raise
         except ValueError as error:
             raise SettingError(f"{str(error).rstrip('.')} — {where}.") from error
         except OSError as error:
@@ -263,6 +273,7 @@ class Tables:
         self.lock = threading.Lock()
         self.tables: dict[int, Rows] = {}
         self.note: Note | None = None
+        self.is_over = False  # the server went back: others have taken their place
         self.sequences: dict[tuple[int, int], int] = {}  # by identity and table, of the last push that counted at once
         self._desks: dict[int, Desk] = {}  # by identity
         self._gathered: tuple[Gather, list[tuple[int, Part]], float] | None = None
@@ -304,6 +315,16 @@ class Tables:
             ]
             self._gathered = request, means, time.time()
         return Prepared()
+
+    def gather_again(self, means: list[tuple[int, Part]], now: float) -> None:
+        """Let these means count with the next flip."""
+        with self.lock:
+            self._gathered = Gather(()), means, now
+
+    def drop_gathered(self) -> None:
+        """Nothing counts with the next flip."""
+        with self.lock:
+            self._gathered = None
 
     def gathered(self) -> tuple[list[tuple[int, Part]], float]:
         """Return what counts with the next flip, by table, and its time."""
@@ -350,6 +371,12 @@ class Tables:
                 stack.enter_context(rows.lock)
             yield
 
+    def write_down(self, record: Pushed | PagePut, arrays: Sequence[np.ndarray]) -> Callable[[], None] | None:
+        """Write down what is about to be acknowledged, under its table's lock; returns what waits until it survives."""
+        if self.is_over:
+            raise _left()
+        return None if self.note is None else self.note(record, arrays)
+
     def has_counted(self, identity: int, table: int, sequence: int) -> bool:
         """Whether a push that counts at once has done so. The longest silent workers are forgotten."""
         return sequence <= self.sequences.get((identity, table), -1)
@@ -361,6 +388,12 @@ class Tables:
             self.sequences[identity, table] = sequence
             while len(self.sequences) > _limits.SEQUENCES:
                 del self.sequences[next(iter(self.sequences))]
+
+    def close(self) -> None:
+        """Take nothing more from anybody: others are in their place."""
+        with self.lock:
+            for desk in self._desks.values():
+                desk.is_gone = True
 
     def leave(self, desk: Desk) -> None:
         """The worker's connection has ended. What belongs to a step that it sealed still counts."""
@@ -406,6 +439,8 @@ class Desk:
     def handle(self, request: AnyMessage, *, can_share: bool) -> Answer:
         """Carry out a worker's request."""
         payload, self._payload = self._payload, None
+        if self._tables.is_over:
+            raise _left()
         answer = Answer(Done())
         match request:
             case PullRows():
@@ -422,9 +457,9 @@ class Desk:
                 if payload is None and request.count:
                     raise ProtocolError("Expected PagePut with a payload, got none.")
                 page = np.empty(0, np.uint8) if payload is None else payload
-                write = self._tables.note
-                note = None if write is None else partial(_note_page, write, request, page)
-                wait = self._table(request.table).put(request, page, note)
+                wait = self._table(request.table).put(
+                    request, page, lambda _: self._tables.write_down(request, (page,))
+                )
                 if wait is not None:
                     wait()
             case ChangesGet():
@@ -454,9 +489,7 @@ class Desk:
             part = Part(part.ids.copy(), part.gradients.copy(), part.scalars)
         with self._tables.lock:
             if self.is_gone:
-                raise ProtocolError(
-                    "Expected a push from a worker of this job, got one from a worker that has left it."
-                )
+                raise _left()
             if request.sequence <= self._sequences.get(request.table, -1) or self._tables.has_counted(
                 self.identity, request.table, request.sequence
             ):
@@ -470,14 +503,11 @@ class Desk:
                 self.staged.append(_Staged(request.table, request.step, part))
                 self._sequences[request.table] = request.sequence
                 return
-        write = self._tables.note
 
         def note(now: float) -> Callable[[], None] | None:
             self._tables.count(self.identity, request.table, request.sequence)
-            if write is None:
-                return None
             record = Pushed(self.identity, request.table, request.sequence, part.scalars, now)
-            return write(record, (part.ids, part.gradients))
+            return self._tables.write_down(record, (part.ids, part.gradients))
 
         wait = rows.push(part, note=note)
         if wait is not None:
@@ -520,9 +550,12 @@ class Desk:
     def _table(self, number: int) -> Rows:
         rows = self._tables.tables.get(number)
         if rows is None:
-            raise ProtocolError(f"Expected a table that is declared, got number {number}.")
+            raise PeerLostError(f"Expected a table that is declared, got number {number}: declare it again.")
         return rows
 
 
-def _note_page(write: Note, request: PagePut, page: np.ndarray, _: float) -> Callable[[], None]:
-    return write(request, (page,))
+def _left() -> PeerLostError:
+    return PeerLostError(
+        "Expected a request from a worker of this job as it is now, got one from a worker that has left it, or that does not know "
+        "yet that a server was lost: connect again."
+    )

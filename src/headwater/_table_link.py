@@ -112,7 +112,7 @@ class Link:
 
     def attach_again(self, connection: Connection) -> None:
         """Use another connection: make the rooms again, where they lie, and begin the delta streams again."""
-        self.connection = connection
+        self.connection, self._is_broken = connection, False
         for number in self._rooms:
             self._make_room(number, self._rooms[number].nbytes)
         for track in self.tracked.values():

@@ -48,9 +48,12 @@ def pauses(session: hw.Session) -> None:
 
 
 def stays(session: hw.Session) -> None:
-    say(session, f"stays as process {os.getpid()}")
+    has_said = False
     while True:
         try:
+            if not has_said:
+                has_said = True
+                say(session, f"stays as process {os.getpid()}")
             signal.pause()
         except SystemExit:
             say(session, "stays all the same")
