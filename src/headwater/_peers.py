@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _M = TypeVar("_M")
 _C = TypeVar("_C", bound=Connection)
+_AGAIN_S = 0.5  # for one try to come back: between two, it is seen whether anybody is left to come back to
 
 
 class Peers:
@@ -61,7 +62,8 @@ class Peers:
         if self.server is not None:
             return self.server.connect_memory()
         assert self._address is not None
-        return connect(self._address, min(self.timeout_s, _limits.CONNECT_S))
+        patience_s = _AGAIN_S if self.hello.returns else _limits.CONNECT_S  # who comes back tries again
+        return connect(self._address, min(self.timeout_s, patience_s))
 
     def greet(self) -> Welcome:
         """Say hello to the coordinator, and begin to beat."""
