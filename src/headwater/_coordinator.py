@@ -452,7 +452,7 @@ class Coordinator:
         self._send_away(worker)
         self._when_idle()
         if not was_away and self._keep is not None and (self._layout is not None or self._tables):
-            self._ask(Detach(worker.identity))  # nobody knew why it came back: a server that is silent shows now
+            self._ask(Detach(-1))  # nobody: why it came back is not known, and a server that is silent shows now
         if not worker.live and any(w.live and w.index == worker.index for w in self._workers.values()):
             worker.index = self._free_index()
         worker.live, worker.is_away = True, False
@@ -735,10 +735,12 @@ class Coordinator:
 
     # Pushes and commits.
 
-    def seal(self, identity: int, seal: Seal, tell: Tell) -> Committed:
+    def seal(self, identity: int, seal: Seal, connection: Connection) -> Committed:
         """Let a push count; returns when its clock is closed and the worker may run its next step."""
         with self._changed:
             worker = self._require(identity)
+            if connection not in worker.connections:  # what lies in the inbox by now may be another's
+                raise PeerLostError("Expected a seal from a worker as it is now, got one from before it came back.")
             policy = self._require_policy()
             worker.went_back = False  # it has heard
             if seal.sequence != worker.answered:  # else it has counted, and the answer was lost
@@ -754,7 +756,7 @@ class Coordinator:
                 self._drain(worker, seal.sequence)
                 return worker.answered >= seal.sequence and policy.is_released(identity)
 
-            self._wait(is_closed, lambda: self._missing(identity), tell)
+            self._wait(is_closed, lambda: self._missing(identity), connection.send)
             text = _as_text(worker.refusal)
             refused = None if text is None else Failed(*text)
             return Committed(worker.commit, worker.clock, self._side, worker.accepted, worker.staleness, refused)
@@ -1258,9 +1260,8 @@ class Coordinator:
         self._check_failure()
         worker = self._workers.get(identity)
         if worker is None or not worker.live:
-            raise ProtocolError(
-                "Expected a worker of this job, got one that is unknown, or was declared dead: start it again."
-            )
+            kind = ProtocolError if self._keep is None else PeerLostError  # of a durable job: it comes back
+            raise kind("Expected a worker of this job, got one that is unknown, or was declared dead: start it again.")
         return worker
 
     def _require_policy(self) -> Policy:

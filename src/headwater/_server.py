@@ -517,7 +517,7 @@ class _Handler:
     def _seal(self, seal: Seal) -> None:
         if seal.pushes or self._carried:
             self._note_push(seal.sequence)
-        committed = self._job().seal(self._identity, seal, self._connection.send)
+        committed = self._job().seal(self._identity, seal, self._connection)
         foreseen, self._foreseen = self._foreseen, None
         if foreseen is not None and foreseen.has_counted:
             self._connection.send(committed)  # the parameters have gone before
