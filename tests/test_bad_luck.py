@@ -883,12 +883,6 @@ def test_each_sample_counts_once_in_the_history_that_survives(tmp_path: Path, ki
     """Sample i adds 1 to element i of what is learnt: the sum is 1 everywhere where each has counted once."""
     size, workers = 600, 2
     with cluster_of(tmp_path, kind, servers=2, workers=workers, consistency=hw.asp()) as cluster:
-        is_done = threading.Event()
-
-        def harass() -> None:
-            rng = np.random.default_rng(3)
-            while not is_done.wait(rng.uniform(0.1, 0.3)):
-                cluster.restart(int(rng.integers(2)))
 
         def work(session: hw.Session) -> None:
             session.register({"w": np.zeros(size, np.float32)}, SGD)
@@ -897,13 +891,8 @@ def test_each_sample_counts_once_in_the_history_that_survives(tmp_path: Path, ki
                 change[batch] = -1.0
                 session.step({"w": change})
 
-        killer = threading.Thread(target=harass)
-        killer.start()
-        try:
+        with cluster.harassed(3, lambda rng: cluster.restart(int(rng.integers(2))), longest_s=0.3):
             cluster.run(work)
-        finally:
-            is_done.set()
-            killer.join()
         with cluster.connect() as session:
             session.register({"w": np.zeros(size, np.float32)}, SGD)
             found = session.pull()["w"]

@@ -116,6 +116,26 @@ class Cluster:
         with ThreadPoolExecutor(self.workers) as pool:
             return [result for _, result in sorted(pool.map(work, range(self.workers)), key=lambda pair: pair[0])]
 
+    @contextmanager
+    def harassed(
+        self, seed: int, once: Callable[[np.random.Generator], None], longest_s: float = 0.5
+    ) -> Iterator[None]:
+        """Do something to the cluster at moments that the seed decides, in a thread, for as long as the block runs."""
+        is_done = threading.Event()
+
+        def harass() -> None:
+            rng = np.random.default_rng(seed)
+            while not is_done.wait(rng.uniform(0.1, longest_s)):
+                once(rng)
+
+        killer = threading.Thread(target=harass)
+        killer.start()
+        try:
+            yield
+        finally:
+            is_done.set()
+            killer.join()
+
 
 @contextmanager
 def cluster_of(
@@ -203,25 +223,14 @@ def test_each_push_counts_once_whatever_dies_when(
     """Whole numbers, learning rate 1: the sum shows a push that is missing or counted twice, in any order."""
     steps, workers = 60, 3
     with cluster_of(tmp_path, kind, servers=servers, workers=workers, consistency=consistency) as cluster:
-        is_done = threading.Event()
-
-        def harass() -> None:
-            rng = np.random.default_rng(0)
-            while not is_done.wait(rng.uniform(0.1, 0.5)):
-                cluster.restart(int(rng.integers(servers)))
 
         def work(session: hw.Session) -> None:
             session.register(INITIAL, hw.optim.SGD(lr=1.0))
             for step in range(steps):
                 session.step(gradient(step, session.index))
 
-        killer = threading.Thread(target=harass)
-        killer.start()
-        try:
+        with cluster.harassed(0, lambda rng: cluster.restart(int(rng.integers(servers)))):
             cluster.run(work)
-        finally:
-            is_done.set()
-            killer.join()
         with cluster.connect() as session:
             session.register(INITIAL, hw.optim.SGD(lr=1.0))
             share = workers if consistency.kind == "bsp" else 1
@@ -248,15 +257,12 @@ def test_rows_count_once_whatever_dies_when(
     """A BSP job with tensors and a table, staged or beside it."""
     steps, workers = 40, 2
     with cluster_of(tmp_path, kind, servers=servers, workers=workers, transport=transport) as cluster:
-        is_done = threading.Event()
 
-        def harass() -> None:
-            rng = np.random.default_rng(1)
-            while not is_done.wait(rng.uniform(0.1, 0.5)):
-                if rng.integers(3):
-                    cluster.restart(int(rng.integers(servers)))
-                else:
-                    cluster.snapshot()
+        def harass(rng: np.random.Generator) -> None:
+            if rng.integers(3):
+                cluster.restart(int(rng.integers(servers)))
+            else:
+                cluster.snapshot()
 
         def work(session: hw.Session) -> None:
             table = rows_of(session, rows)
@@ -268,13 +274,8 @@ def test_rows_count_once_whatever_dies_when(
                 table.push(ids[:8], gradients[:8])
                 session.step(gradient(step, session.index))
 
-        killer = threading.Thread(target=harass)
-        killer.start()
-        try:
+        with cluster.harassed(1, harass):
             cluster.run(work)
-        finally:
-            is_done.set()
-            killer.join()
         expected = np.zeros((500, 4))
         for step in range(steps):
             for worker in range(workers):
