@@ -205,16 +205,11 @@ class Peers:
                 request(self.control, Leave())
         except (HeadwaterError, OSError):
             pass  # the server is gone, or sees the connection end
-        self._disconnect()
+        for connection in self._connections():
+            connection.close()
         if self.server is not None:
             self.server.close()
             self.server = None  # its memory goes with it
-
-    def _disconnect(self) -> None:
-        if self._heartbeat is not None:
-            self._heartbeat.stop()
-        for connection in self._connections():
-            connection.close()
 
     def abandon(self) -> None:
         """Drop this process's copies of the connections without a word; for forked children."""
