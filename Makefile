@@ -2,22 +2,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+FRAMEWORKS := .venv/frameworks
 
 .PHONY: demo test check bench clean
 
 demo: $(READY)
 	$(BIN)/headwater demo $(ARGS)
 
-test: $(READY)
+test: $(FRAMEWORKS)
 	$(BIN)/python -m pytest $(ARGS)
 
-check: $(READY)
+check: $(FRAMEWORKS)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 # One figure: make bench FIGURE=core.1. All of them, and the README's table: make bench.
-bench: $(READY)
+bench: $(FRAMEWORKS)
 	$(BIN)/python -m bench $(FIGURE)
 
 # The Python sources are used where they lie; only the native code and the dependencies need an install.
@@ -25,7 +26,12 @@ $(READY): pyproject.toml CMakeLists.txt constraints.txt $(wildcard src/kernels/*
 	@echo "Setting up .venv: PyTorch and the native code, some minutes the first time."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt cmake ninja scikit-build-core nanobind torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[torch,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[torch]'
+	touch $@
+
+$(FRAMEWORKS): $(READY)
+	@echo "Setting up what tests and benchmarks need besides: Keras, TensorFlow, JAX, a minute the first time."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $@
 
 clean:
