@@ -293,8 +293,7 @@ class World:
         self.listeners[str(address)] = self.current.process, serve
 
     def _beat(self, peers: Peers, address: Address) -> None:
-        peers._beat = self.connect(address)
-        peers._say_hello(peers._beat, "beat")
+        peers._beat = peers._greeted(self.connect(address), "beat")
 
     def __enter__(self) -> World:
         stack = self._stack = ExitStack()

@@ -221,6 +221,16 @@ def test_a_log_does_not_go_back() -> None:
         Log(files, FOLDER, 0, 129)
 
 
+def test_a_life_that_came_to_nothing_is_given_up() -> None:
+    """This server came back to commit 150, another did not; the job then goes on from what that one has."""
+    files, records = two_files()
+    Log(files, FOLDER, 0, 150).close()
+    log = Log(files, FOLDER, 0, 140)
+    append(log, (b"next", []))
+    log.close()
+    assert read(files)[0] == [*records, (b"next", [])]
+
+
 # Damage is noticed.
 
 

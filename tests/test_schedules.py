@@ -66,7 +66,7 @@ class Push:
         if self.fate == "acked" and (self.kind == "good" or self.is_of_rows):
             return {1.0 / max(self.accepted, 1)}
         if self.fate == "open" and (self.kind == "good" or self.is_of_rows):
-            return {0.0, *(1.0 / n for n in range(1, workers + 1))}
+            return {0.0, *(1.0 / n for n in range(1, 2 * workers + 1))}  # one that died had sealed its own
         return {0.0}
 
 
@@ -548,6 +548,7 @@ FOUND = (
     313,
     322,
     443,
+    542,
     576,
     620,
     741,
@@ -558,6 +559,7 @@ FOUND = (
     10438,
     10553,
     10753,
+    30897,
 )
 
 

@@ -375,14 +375,19 @@ class Coordinator:
             worker.went_back = not is_all
         away = [worker for worker in self._workers.values() if worker.live]
         policy.begin([w.index for w in self._workers.values() if not w.live] if away else [])
-        if away:
+        if self._workers:
             threading.Thread(target=self._let_go, args=(self._generation,), name="return", daemon=True).start()
 
     def _let_go(self, generation: int) -> None:
-        """Wait for workers to come back, and let those go who do not; nor is anybody waited for who had not come yet."""
-        deadline = time.monotonic() + _limits.RETURN_S
+        """Wait for workers to come back, and let those go who do not; nor is anybody waited for who had not come yet.
+
+        Where none lived in the book, time counts from the first one: the others may have been done.
+        """
         with self._changed:
             policy = self._policy  # None: the store was empty
+            while policy and not policy.members and generation == self._generation and self._failure is None:
+                self._changed.wait()
+            deadline = time.monotonic() + _limits.RETURN_S
             while (policy and not policy.started) or any(
                 worker.live and worker.is_away for worker in self._workers.values()
             ):
@@ -424,8 +429,6 @@ class Coordinator:
 
     def hello(self, hello: Hello, connection: Connection, tell: Tell) -> Welcome:
         """Take in a worker or an observer, once every server is there; or take back a worker whose connection had ended."""
-        if hello.role == "worker" and not hello.returns:
-            self._bury(hello.index)
         with self._changed:
             self._wait(lambda: self._is_ready, self._missing_servers, tell)
             policy = self._adopt(hello)
@@ -482,19 +485,12 @@ class Coordinator:
             self._policy, self._consistency, self._expected = policy, consistency, expected
         return policy
 
-    def _bury(self, index: int) -> None:
-        """Let a worker go that died while it waited here, where that shows only later: this may be its process, started again."""
-        with self._changed:
-            same = [w for w in self._workers.values() if w.live and w.index == index]
-            dead = [w.identity for w in same if any(connection.has_ended for connection in w.connections)]
-        for identity in dead:
-            self.leave(identity)
-
     def _place(self, hello: Hello) -> int:
         if hello.identity in self._workers:
             raise ProtocolError("Expected a new identity from a new connection, got one that is known.")
         holder = next((w for w in self._workers.values() if w.live and w.index == hello.index), None)
-        if holder is not None and not holder.is_away:
+        has_ended = holder is not None and any(connection.has_ended for connection in holder.connections)
+        if holder is not None and not holder.is_away and not has_ended:
             raise SettingError(f"Expected HEADWATER_WORKER to be free, got {hello.index}, which is {holder}.")
         if holder is not None:
             self.leave(holder.identity)  # its process was started again
@@ -607,9 +603,9 @@ class Coordinator:
             if self._initialiser != identity or self._is_initialised:
                 raise ProtocolError("Expected initial values from the worker that was asked for them, once.")
             self._plan = plan
-            policy.commit = values.commit
+            policy.commit = max(policy.commit, values.commit)  # a job may have come back from before it had tensors
             self.state.update(values.state)
-            self._flip(values.commit, swap=False)
+            self._flip(policy.commit, swap=False)
             self._is_initialised = True
             self._keep_structure(tell)
             self._changed.notify_all()

@@ -198,8 +198,11 @@ class Log:
         self._is_syncing = False
         self._appended = self._durable = 0  # records
         self._end = self._synced = 0  # bytes of this file
-        self._previous = self._taken_over(after)
+        self._previous, given_up = self._taken_over(commit, after)
         self._open(commit)
+        for place in given_up:  # only now, the last one first: each says how much of the one before it counts
+            files.remove(_path(folder, server, place))
+            files.sync_folder(folder)
 
     @property
     def place(self) -> tuple[int, int]:
@@ -271,24 +274,31 @@ class Log:
                 self._changed.notify_all()
             self._writer.close()
 
-    def _taken_over(self, after: LogEnd | None) -> tuple[_Place, int] | None:
-        """Make what earlier lives left durable, and remove what lies behind its end, so that nobody takes it for a part of the log."""
+    def _taken_over(self, commit: int, after: LogEnd | None) -> tuple[tuple[_Place, int] | None, list[_Place]]:
+        """Make what earlier lives left durable; returns where it ends, and what lies behind that, the last one first."""
         places = _places(self._files, self._folder, self._server)
-        paths = [_path(self._folder, self._server, place) for place in places]
         for place in reversed(places):
             if after is not None and after.file:
                 break
             reader = LogReader(self._files, self._folder, self._server, *place)
             deque(reader, maxlen=0)
             after = reader.end
-        if after is None or not after.file:
-            return None
-        last = paths.index(after.file)
-        self._files.sync_file(after.file)
-        for path in paths[last + 1 :]:
-            self._files.remove(path)
-        self._files.sync_folder(self._folder)
-        return places[last], after.offset
+        previous = None
+        if after is not None and after.file:
+            self._files.sync_file(after.file)
+            self._files.sync_folder(self._folder)
+            last = next(place for place in places if _path(self._folder, self._server, place) == after.file)
+            previous = last, after.offset
+        while previous is not None and previous[0].commit > commit and previous[1] == _START_BYTES:
+            previous = self._before(previous[0])  # a life in which another server was not back yet when all ended
+        return previous, [place for place in reversed(places) if previous is None or place > previous[0]]
+
+    def _before(self, place: _Place) -> tuple[_Place, int] | None:
+        """Return which file comes before a sound one, and where it ends."""
+        path = _path(self._folder, self._server, place)
+        found = _previous(_Window(self._files, path).at(0, _START_BYTES), path, self._server, place)
+        assert not isinstance(found, str), found
+        return found
 
     def _open(self, commit: int) -> None:
         lives = [place.life for place in _places(self._files, self._folder, self._server) if place.commit == commit]

@@ -127,24 +127,17 @@ class Peers:
     def _greeted(self, connection: _C, role: str) -> _C:
         connection.set_timeout(_limits.SILENCE_S)
         try:
-            self._say_hello(connection, role)
-        except BaseException:
+            request(connection, Hello(self.hello.token, role, self.hello.identity))
+        except BaseException as error:
             connection.close()
+            if self.is_durable and isinstance(error, ProtocolError):  # its server is about to end
+                raise PeerLostError(f"The connection to {connection.peer} ended: {error}") from error
             raise
         return connection
 
     def reader(self, i: int) -> Connection:
         """Return a connection to server i for one who only reads."""
         return self.control if i == 0 and not self._is_apart else self.open("data", i)[0]
-
-    def _say_hello(self, connection: Connection, role: str) -> None:
-        try:
-            request(connection, Hello(self.hello.token, role, self.hello.identity))
-        except HeadwaterError as error:
-            connection.close()
-            if self.is_durable and isinstance(error, ProtocolError):  # its server is about to end
-                raise PeerLostError(f"The connection to {connection.peer} ended: {error}") from error
-            raise
 
     def _meant(self, error: HeadwaterError) -> HeadwaterError:
         """Return what an answer means: servers of a job that has gone on without this worker do not know it, or what it speaks of."""
