@@ -137,10 +137,12 @@ class FaultyFiles:
             assert isinstance(node, _Folder)
             folder = node
 
-    def sync_file(self, path: str) -> None:
+    def write_again(self, path: str, start: int) -> None:
         self.hook("sync", path)
         with named_failure("sync", path):
-            self._sync(self._file(path))
+            file = self._file(path)
+            file.is_broken = file.is_broken and start > file.synced
+            self._sync(file)
 
     def sync_folder(self, path: str) -> None:
         self.hook("sync_folder", path)

@@ -196,7 +196,7 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
     ),
     (
         Persist(Change(7, 9, {5: Counted(0, 4, 7, 7)}, ((0, 7),)), True),
-        "93a7506572736973749807098105970004070700c0c391920007c0c0c001c3",
+        "93a7506572736973749707098105970004070700c0c391920007c0c0c0c3",
     ),
     (
         SnapshotBegin("/s/snapshot-000000000007"),

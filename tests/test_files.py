@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def test_what_was_written_is_read(store: tuple[Files, str]) -> None:
     writer.sync()
     writer.close()
     writer.close()
-    files.sync_file(f"{root}/a/b/file")
+    files.write_again(f"{root}/a/b/file", 3)
     files.sync_folder(f"{root}/a/b")
     assert files.size(f"{root}/a/b/file") == 12
     assert read(files, f"{root}/a/b/file") == b"onetwo\0\0\1\0\2\0"
@@ -170,7 +171,14 @@ def test_a_failed_sync_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_where_no_folder_can_be_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     files = LocalFiles()
-    for fails in (files.make_folder, files.list, files.sync_file, files.sync_folder, files.create, files.size):
+    for fails in (
+        files.make_folder,
+        files.list,
+        partial(files.write_again, start=0),
+        files.sync_folder,
+        files.create,
+        files.size,
+    ):
         with pytest.raises(StorageError, match=r"Cannot .*file/folder: Not a directory\."):
             fails(str(tmp_path / "file" / "folder"))
 

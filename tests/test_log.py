@@ -43,7 +43,7 @@ def append(log: Log, *records: Record) -> None:
 def read(files: Files, since: int = 0, folder: str = FOLDER) -> tuple[list[Record], LogEnd]:
     reader = LogReader(files, folder, 0, since)
     records = [(entry.head, [blob.tobytes() for blob in entry.blobs()]) for entry in reader]
-    return records, reader.end
+    return records, reader.end._replace(known=0)
 
 
 def small(number: int) -> Record:
@@ -81,10 +81,10 @@ def test_format_is_the_documented_one() -> None:
     log = Log(files, FOLDER, 0, 120)
     log.append(b"push", [b"abc", b""])
     log.close()
-    start = "48454144574c4f47 01000000 00000000 7800000000000000 00000000 00000000 0000000000000000 0000000000000000"
-    record = """48575243 04000000 02000000 0300000000000000 3800000000000000
-        55c1799ae19ba844 50392f89945faf78 efdcf9cf93b9c36a 0300000000000000 0000000000000000 70757368 616263"""
-    assert content(files, FIRST) == bytes.fromhex(start + "dab18b3ca6623f67" + record)
+    start = "48454144574c4f47 02000000 00000000 7800000000000000 00000000 01000000 00000000 0000000000000000 0000000000000000"
+    record = """48575243 04000000 02000000 0300000000000000 3c00000000000000
+        55c1799ae19ba844 50392f89945faf78 e468da86b142db59 0300000000000000 0000000000000000 70757368 616263"""
+    assert content(files, FIRST) == bytes.fromhex(start + "bd167cdfc852e486" + record)
     for line in record.splitlines():
         words = [word for word in line.split() if len(word) > 6]
         assert all(word in (_log.__doc__ or "") for word in words)
@@ -112,7 +112,7 @@ def test_records_are_read_in_order_on_a_real_disk(tmp_path: Path) -> None:
         np.testing.assert_array_equal(blobs[2].view(np.int64), np.arange(number))
         count += 1
     assert count == len(values)
-    assert reader.end == (
+    assert reader.end[:3] == (
         str(tmp_path / "log-0-000000000250.hwl"),
         (tmp_path / "log-0-000000000250.hwl").stat().st_size,
         "",
@@ -188,7 +188,7 @@ def test_what_lies_behind_the_end_is_given_up() -> None:
 
 def test_a_file_that_was_torn_when_it_was_made_holds_nothing() -> None:
     files, records = two_files()
-    for size in range(56):
+    for size in range(60):
         torn = f"{FOLDER}/log-0-000000000140.hwl"
         replace(files, torn, b"HEADWLOG"[:size] + bytes(max(0, size - 8)))
         left, end = read(files)
@@ -260,7 +260,7 @@ def test_a_cut_is_noticed_where_it_can_be() -> None:
     entries = list(LogReader(files, FOLDER, 0))
     for path in (FIRST, entries[-1].file):
         whole = content(files, path)
-        ends = [56, *(entry.end for entry in entries if entry.file == path)]
+        ends = [60, *(entry.end for entry in entries if entry.file == path)]
         for size in range(len(whole)):
             replace(files, path, whole[:size])
             if path == FIRST:
@@ -291,9 +291,9 @@ def test_a_file_under_another_name_is_noticed() -> None:
 
 def test_another_format_is_said() -> None:
     files = disk()
-    whole = _log._START.pack(b"HEADWLOG", 2, 0, 120, 0, 0, 0, 0)
+    whole = _log._START.pack(b"HEADWLOG", 3, 0, 120, 0, 1, 0, 0, 0)
     replace(files, FIRST, whole + _log._SUM.pack(xxh3_64_intdigest(whole)))
-    with pytest.raises(StorageError, match=r"Expected format 1 in .*, got 2: use the headwater that wrote it\."):
+    with pytest.raises(StorageError, match=r"Expected format 2 in .*, got 3: use the headwater that wrote it\."):
         read(files)
 
 
@@ -317,8 +317,8 @@ def test_a_log_within_a_payload_is_not_taken_for_one() -> None:
     append(log, (b"copy", [inner, inner]))
     log.close()
     path = f"{FOLDER}/log-0-000000000140.hwl"
-    files.flip(path, 56, 0)
-    assert read(files) == (records, LogEnd(path, 56, "its header is damaged"))
+    files.flip(path, 60, 0)
+    assert read(files) == (records, LogEnd(path, 60, "its header is damaged"))
 
 
 # Failures stick.
@@ -479,7 +479,7 @@ class Life:
                 self.act(log)
             cut = self.random.random() < 0.5  # else only the process died
         except (PowerCutError, StorageError):
-            cut = self.files.failing_sync > 0 or self.random.random() < 0.5
+            cut = self.random.random() < 0.5
             self.files.hook = lambda operation, path: None
             if log is not None and not self.is_dropping:
                 with pytest.raises(StorageError, match="got one that stopped"):

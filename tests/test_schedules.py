@@ -51,7 +51,7 @@ class Push:
 
     def __init__(self, slot: int, identity: int, kind: str) -> None:
         self.slot, self.identity, self.kind = slot, identity, kind  # good, nan, empty, rows
-        self.fate = "open"  # acked, refused, void, taken back
+        self.fate = "open"  # acked, refused, void, taken back, anew
         self.commit = self.accepted = self.sequence = 0
         self.has_staged = False
         self.is_of_rows = kind.startswith("rows")
@@ -293,6 +293,7 @@ class Job:
         if sum(server is not None for server in self.servers[: self.count]) < self.count:
             return  # one is lost again
         commit = 0 if book is None else book.commit
+        self.spoiled = None  # it went on without
         shards = self.shards()
         self.world.say(f"is restored at commit {commit}")
         assert [shard.commit for shard in shards] == [commit] * self.count
@@ -319,8 +320,10 @@ class Job:
                     assert book.workers[push.identity].sequence >= push.sequence, f"the book does not know of {push}"
             elif push.is_of_rows:
                 push.fate = "open"  # it was, or was not, before the rows were written
-            elif push.commit > commit:
-                push.fate = "taken back"
+            elif (
+                push.commit > commit
+            ):  # where the tensors are registered anew, a worker's parameters are the initial ones
+                push.fate = "taken back" if book is not None and book.tensors is not None else "anew"
         self.check_counts([spec.name for spec in book.tables] if book is not None else [])
 
     def check_counts(self, tables: list[str]) -> None:
@@ -333,6 +336,8 @@ class Job:
         }
         numbers = {name: i for i, name in enumerate(tables)}
         for push in self.pushes:
+            if push.fate == "anew":
+                continue
             shares = push.shares(self.workers)
             seen = set()
             if push.is_of_rows:
@@ -371,9 +376,9 @@ class Job:
 
     def take_snapshot(self) -> None:
         process, server = self.server_processes[0], self.servers[0]
-        if process is None or not process.is_live or server is None or server.coordinator is None:
+        job = getattr(server, "coordinator", None)
+        if process is None or not process.is_live or job is None:
             return
-        job = server.coordinator
 
         def take() -> None:
             try:
@@ -401,8 +406,6 @@ class Job:
         """Everything ends, and is started again, perhaps with another number of servers."""
         self.kill_all()
         self.maybe_cut_power()
-        if self.world.files.syncs >= self.world.files.failing_sync > 0:
-            self.world.files = self.world.files.after_power_cut()  # what a failed sync has left is not to be trusted
         self.disk_failed = False
         self.repair()
         self.world.files.room, self.world.files.failing_sync = None, 0
@@ -439,10 +442,11 @@ class Job:
             )
             at, bit = self.rng.randrange(files.size(path)), self.rng.randrange(8)
             # A snapshot of a time when there was less does not do: then the job waits until somebody has mended it.
-            self.disk_failed = len(names) == 1 or structure(files, names[0]) != structure(files, names[1])
+            is_needed = len(names) == 1 or structure(files, names[0]) != structure(files, names[1])
             files.flip(path, at, bit)
             self.world.say(f"bit {bit} of byte {at} of {path} flips")
-            self.spoiled = (path, at, bit) if self.disk_failed else None
+            self.disk_failed |= is_needed
+            self.spoiled = (path, at, bit) if is_needed else None
         self.start_all()
 
     def repair(self) -> None:
@@ -560,6 +564,17 @@ FOUND = (
     10553,
     10753,
     30897,
+    50494,
+    50675,
+    50787,
+    52411,
+    53560,
+    54762,
+    60548,
+    63413,
+    72498,
+    72842,
+    81985,
 )
 
 

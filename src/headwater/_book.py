@@ -40,7 +40,6 @@ class Change(msgspec.Struct, frozen=True, array_like=True):
     cohort_of: bytes | None = None
     state: dict[str, bytes] | None = None
     leases: bytes | None = None
-    servers: int = 1  # that wrote it down
 
 
 class Book(msgspec.Struct, frozen=True):

@@ -699,6 +699,7 @@ class Coordinator:
             self._wait(lambda: not self._settling, lambda: ["the first snapshot"], tell)
             if all(spec.name != wanted.name for spec in self._tables):
                 self._when_idle()  # nobody else speaks to the servers; and another may have declared it meanwhile
+                self._wait(lambda: not self._settling and not self._is_busy, lambda: ["the first snapshot"], tell)
             for number, spec in enumerate(self._tables):
                 if spec.name == wanted.name:
                     differs = table_difference(spec, wanted)
@@ -981,7 +982,7 @@ class Coordinator:
         leases = self._encoded_leases()
         if leases != self._leases_written:
             changes["leases"] = self._leases_written = leases
-        return Change(commit, self._serial, workers, servers=self._server_count, **changes)
+        return Change(commit, self._serial, workers, **changes)
 
     def _encoded_leases(self) -> bytes:
         return msgspec.msgpack.encode(self.leases) if self.leases else b""

@@ -72,8 +72,11 @@ class Files(Protocol):
     def make_folder(self, path: str) -> None:
         """Make a folder and those above it, durably; existing is fine."""
 
-    def sync_file(self, path: str) -> None:
-        """Return when what a file holds, whoever wrote it, survives a power cut."""
+    def write_again(self, path: str, start: int) -> None:
+        """Return when what a file holds from `start` on, whoever wrote it, survives a power cut.
+
+        A sync of another life may have failed, after which the system takes what was not written for written.
+        """
 
     def sync_folder(self, path: str) -> None:
         """Return when the names in a folder, those made, renamed and removed, survive a power cut."""
@@ -181,21 +184,26 @@ class LocalFiles:
             for folder in missing:
                 self.sync_folder(str(folder.parent))
 
-    def sync_file(self, path: str) -> None:
-        with named_failure("sync", path):
-            _sync(path, 0)
+    def write_again(self, path: str, start: int) -> None:
+        with named_failure("sync", path), Path(path).open("r+b") as file:
+            while True:
+                file.seek(start)
+                data = file.read(1 << 20)
+                if not data:
+                    break
+                file.seek(start)
+                file.write(data)
+                start += len(data)
+            file.flush()
+            os.fsync(file.fileno())
 
     def sync_folder(self, path: str) -> None:
         with named_failure("sync the folder", path):
-            _sync(path, os.O_DIRECTORY)
-
-
-def _sync(path: str, flags: int) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
 
 
 class _RemoteWriter:
@@ -269,7 +277,7 @@ class RemoteFiles:
         with named_failure("make the folder", path, Exception):
             self._system.makedirs(path, exist_ok=True)
 
-    def sync_file(self, path: str) -> None:
+    def write_again(self, path: str, start: int) -> None:
         pass
 
     def sync_folder(self, path: str) -> None:

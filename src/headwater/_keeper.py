@@ -212,7 +212,7 @@ class Keeper:
         book, end = self.come_back(request)
         if self._has_log:
             try:
-                self._log = Log(self._files, self._path, request.index, request.commit, end)
+                self._log = Log(self._files, self._path, request.index, request.commit, end, request.count)
             except StorageError as error:  # with which the snapshot has nothing to do: an older one would not help
                 raise HostError(str(error)) from error
         if self._is_replicated:
@@ -326,11 +326,10 @@ class Keeper:
         for record, entry in records:
             if isinstance(record, Step):
                 tables = [table for table, _, _ in record.tables]
-                is_known = record.change.servers == count and not (record.specs and book.tensors is None)
+                is_known = not record.specs or book.tensors is not None
             else:
                 tables, is_known = [record.table], True
-            is_known = is_known and all(table in shard.tables.tables for table in tables)
-            if not is_known:
+            if not is_known or entry.servers != count or any(table not in shard.tables.tables for table in tables):
                 raise StorageError(
                     f"Expected a snapshot that {entry.file} goes on from, got an older one, of when less was registered or there "
                     "were other servers: put back the files of the newer one."

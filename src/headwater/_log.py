@@ -3,6 +3,7 @@
     log    = file*                      log-SERVER-COMMIT.hwl, and .hwl.1, .hwl.2 … when a life began at the same commit as the one before
     file   = start record*              what lies behind the end that the next file names was never acknowledged
     start  = "HEADWLOG" format:u32 server:u32 commit:u64 life:u32          this file's name again
+             servers:u32                                                   so many wrote a log each in this life
              previous-life:u32 previous-commit:u64 previous-end:u64        the file before, how many of its bytes count; 0: none is before
              sum:u64                                                       XXH3-64 of what stands before it in `start`
     record = "HWRC" head-bytes:u32 blobs:u32 payload-bytes:u64
@@ -13,10 +14,10 @@
              sizes:u64*                  of each blob
              head blob*
 
-All numbers are little-endian, nothing is padded. The record that `append(b"push", [b"abc", b""])` leaves at offset 56 of a new file:
+All numbers are little-endian, nothing is padded. The record that `append(b"push", [b"abc", b""])` leaves at offset 60 of a new file:
 
-    48575243 04000000 02000000 0300000000000000 3800000000000000    "HWRC", 4 bytes of head, 2 blobs of 3 bytes together, 56 are durable
-    55c1799ae19ba844 50392f89945faf78 efdcf9cf93b9c36a              the sums of head, payload and header
+    48575243 04000000 02000000 0300000000000000 3c00000000000000    "HWRC", 4 bytes of head, 2 blobs of 3 bytes together, 60 are durable
+    55c1799ae19ba844 50392f89945faf78 e468da86b142db59              the sums of head, payload and header
     0300000000000000 0000000000000000 70757368 616263               sizes 3 and 0, "push", "abc"
 
 A power cut may leave any part of what was not synced: a short record, or a hole. A flipped bit looks alike, and is told from it by
@@ -45,9 +46,9 @@ from headwater._files import Files, byte_views
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-FORMAT = 1
+FORMAT = 2
 _FILE_MAGIC, _RECORD_MAGIC = b"HEADWLOG", b"HWRC"
-_START = struct.Struct("<8sIIQIIQQ")
+_START = struct.Struct("<8sIIQIIIQQ")
 _RECORD = struct.Struct("<4sIIQQQQ")
 _SUM = struct.Struct("<Q")
 _START_BYTES, _RECORD_BYTES = _START.size + _SUM.size, _RECORD.size + _SUM.size
@@ -61,12 +62,20 @@ class _Place(NamedTuple):
     life: int
 
 
+class _Start(NamedTuple):
+    """What a file begins with, besides its name."""
+
+    servers: int
+    previous: tuple[_Place, int] | None  # the file before, and how many of its bytes count
+
+
 class LogEnd(NamedTuple):
     """Where a log ends; `file` is empty when there is none."""
 
     file: str
     offset: int
     torn: str  # why what lies behind is no record; empty when nothing does
+    known: int = 0  # so many bytes of the file are known to be durable
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +86,7 @@ class Entry:
     file: str
     offset: int
     end: int  # LogEnd(file, end, "") is a log that ends with this record
+    servers: int  # that wrote down the same
     _files: Files
     _sizes: tuple[int, ...]
     _sum: int
@@ -113,33 +123,33 @@ class LogReader:
         self._files, self._folder, self._server, self._since = files, folder, server, _Place(since, life)
 
     def __iter__(self) -> Iterator[Entry]:
-        for path, limit in self._chain():
-            yield from self._records(path, limit)
+        for path, servers, limit in self._chain():
+            yield from self._records(path, servers, limit)
 
-    def _chain(self) -> list[tuple[str, int | None]]:
-        """Return the files to read and how many bytes of each count, unknown for the last: each names the one before."""
+    def _chain(self) -> list[tuple[str, int, int | None]]:
+        """Return the files to read, how many servers wrote, and how many bytes count, unknown for the last: each names the one before."""
         places = [place for place in _places(self._files, self._folder, self._server) if place >= self._since]
-        torn, limit, chain = "", None, list[tuple[str, int | None]]()
+        torn, limit, chain = "", None, list[tuple[str, int, int | None]]()
         place = places[-1] if places else None
         while place is not None and place >= self._since:
             path = _path(self._folder, self._server, place)
             if place not in places:
                 raise _damage(path, 0, "it is missing")
-            start = _Window(self._files, path)
-            previous = _previous(start.at(0, _START_BYTES), path, self._server, place)
-            if not isinstance(previous, str):
-                chain.append((path, limit))
-                place, limit = previous or (None, 0)
-            elif chain or start.size > _START_BYTES:
-                raise _damage(path, 0, previous)
+            window = _Window(self._files, path)
+            start = _read_start(window, path, self._server, place)
+            if not isinstance(start, str):
+                chain.append((path, start.servers, limit))
+                place, limit = start.previous or (None, 0)
+            elif chain or window.size > _START_BYTES:
+                raise _damage(path, 0, start)
             else:  # power was cut while it was made: nothing was ever in it
-                torn = f"{path}: {previous}"
+                torn = f"{path}: {start}"
                 places.pop()
                 place = places[-1] if places else None
         self.end = LogEnd("", 0, torn)
         return chain[::-1]
 
-    def _records(self, path: str, limit: int | None) -> Iterator[Entry]:
+    def _records(self, path: str, servers: int, limit: int | None) -> Iterator[Entry]:
         window = _Window(self._files, path)
         stop = window.size if limit is None else limit
         if window.size < stop:
@@ -147,7 +157,7 @@ class LogReader:
         offset, known, torn = _START_BYTES, 0, ""
         held = deque[Entry]()  # not known to have been durable
         while offset < stop and not torn:
-            entry = self._entry(window, path, offset, stop)
+            entry = self._entry(window, path, servers, offset, stop)
             if isinstance(entry, str):
                 torn, known = entry, max(known, _claimed(window, offset + 1))
                 if limit is not None or known > offset:
@@ -162,9 +172,9 @@ class LogReader:
                 offset, torn = entry.offset, "its payload is damaged"
                 break
             yield entry
-        self.end = LogEnd(path, offset, torn or self.end.torn)
+        self.end = LogEnd(path, offset, torn or self.end.torn, known)
 
-    def _entry(self, window: _Window, path: str, offset: int, stop: int) -> Entry | str:
+    def _entry(self, window: _Window, path: str, servers: int, offset: int, stop: int) -> Entry | str:
         """Return the record at the offset, or what is wrong with it."""
         fields = _record(window.at(offset, _RECORD_BYTES), offset)
         if fields is None:
@@ -178,7 +188,7 @@ class LogReader:
         if xxh3_64_intdigest(data) != head_sum:
             return "its head is damaged"
         sizes = struct.unpack_from(f"<{count}Q", data)
-        return Entry(data[8 * count :], path, offset, end, self._files, sizes, payload_sum, synced)
+        return Entry(data[8 * count :], path, offset, end, servers, self._files, sizes, payload_sum, synced)
 
 
 class Log:
@@ -187,11 +197,14 @@ class Log:
     After a failed write, sync or rotation nobody knows what is on the disk: every later append, rotation and wait for what was not yet
     durable raises StorageError. Close it, and go on with what a LogReader finds.
 
-    after: where the log of earlier lives ends; what lies behind is given up. Found by reading when it is None.
+    after: where the log of earlier lives ends; what lies behind is given up. Found by reading when it is None. servers: how many write a
+    log each: what they write belongs together.
     """
 
-    def __init__(self, files: Files, folder: str, server: int, commit: int, after: LogEnd | None = None) -> None:
-        self._files, self._folder, self._server = files, folder, server
+    def __init__(
+        self, files: Files, folder: str, server: int, commit: int, after: LogEnd | None = None, servers: int = 1
+    ) -> None:
+        self._files, self._folder, self._server, self._servers = files, folder, server, servers
         self._turn = threading.Lock()  # of who appends
         self._changed = threading.Condition()  # guards what follows
         self._failure: BaseException | None = None
@@ -285,7 +298,7 @@ class Log:
             after = reader.end
         previous = None
         if after is not None and after.file:
-            self._files.sync_file(after.file)
+            self._files.write_again(after.file, after.known)
             self._files.sync_folder(self._folder)
             last = next(place for place in places if _path(self._folder, self._server, place) == after.file)
             previous = last, after.offset
@@ -296,9 +309,9 @@ class Log:
     def _before(self, place: _Place) -> tuple[_Place, int] | None:
         """Return which file comes before a sound one, and where it ends."""
         path = _path(self._folder, self._server, place)
-        found = _previous(_Window(self._files, path).at(0, _START_BYTES), path, self._server, place)
-        assert not isinstance(found, str), found
-        return found
+        start = _read_start(_Window(self._files, path), path, self._server, place)
+        assert not isinstance(start, str), start
+        return start.previous
 
     def _open(self, commit: int) -> None:
         lives = [place.life for place in _places(self._files, self._folder, self._server) if place.commit == commit]
@@ -309,8 +322,9 @@ class Log:
                 f"Expected a log that goes on after commit {previous_commit}, got one from {commit} on."
             )
         start = _START.pack(
-            _FILE_MAGIC, FORMAT, self._server, commit, self._place.life, previous_life, previous_commit, previous_end
-        )
+            _FILE_MAGIC, FORMAT, self._server, commit, self._place.life, self._servers, previous_life, previous_commit,
+            previous_end,
+        )  # fmt: skip
         path = _path(self._folder, self._server, self._place)
         self._writer = self._files.create(path)
         try:
@@ -374,16 +388,17 @@ def _path(folder: str, server: int, place: _Place) -> str:
     return f"{folder}/log-{server}-{place.commit:012}.hwl" + (f".{place.life}" if place.life else "")
 
 
-def _previous(data: bytes, path: str, server: int, place: _Place) -> tuple[_Place, int] | str | None:
-    """Return which file comes before and where it ends, None when none does, or what is wrong with a file's start."""
+def _read_start(window: _Window, path: str, server: int, place: _Place) -> _Start | str:
+    """Return a file's start, or what is wrong with it."""
+    data = window.at(0, _START_BYTES)
     if len(data) < _START_BYTES or xxh3_64_intdigest(data[: -_SUM.size]) != _SUM.unpack(data[-_SUM.size :])[0]:
         return "its header is damaged"
-    magic, number, owner, commit, life, previous_life, previous_commit, previous_end = _START.unpack_from(data)
+    magic, number, owner, commit, life, servers, previous_life, previous_commit, previous_end = _START.unpack_from(data)
     if magic != _FILE_MAGIC or number != FORMAT:
         raise StorageError(f"Expected format {FORMAT} in {path}, got {number}: use the headwater that wrote it.")
     if (owner, commit, life) != (server, *place):
         raise StorageError(f"Expected {path} to be what its name says, got that of server {owner}, commit {commit}.")
-    return (_Place(previous_commit, previous_life), previous_end) if previous_end else None
+    return _Start(servers, (_Place(previous_commit, previous_life), previous_end) if previous_end else None)
 
 
 def _record(data: bytes, offset: int) -> tuple[int, ...] | None:

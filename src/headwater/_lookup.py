@@ -144,7 +144,7 @@ class Table:
 
     def __init__(self, session: Session, links: Sequence[Link], number: int, spec: TableSpec) -> None:
         self.spec = spec  #: the settings, as the job has them
-        self._session, self._links, self._number = session, links, number
+        self._session, self._links, self.number = session, links, number
         self._sequence = -1
         self.pushed_step = -1  #: the step that the last push belongs to, under BSP
         self._scalars = tuple(spec.optimizer.scalars().values())
@@ -218,9 +218,9 @@ class Table:
         self._ahead, self._is_under_way = None, False
         is_asp = self.spec.consistency.kind == "asp"
         if is_asp:
-            self._ask_for(batch, 1 + self._number, touch=True)
+            self._ask_for(batch, 1 + self.number, touch=True)
         elif self.spec.policy.when_full == "spill":
-            self._ask_for(batch, 1 + self._number, touch=True, only_warm=True)
+            self._ask_for(batch, 1 + self.number, touch=True, only_warm=True)
         self._ahead, self._is_under_way = batch, is_asp  # not where asking has failed
 
     # What adapters use.
@@ -286,7 +286,7 @@ class Table:
             room = self._write_ids(link, 0, ids)
             if len(self._links) > 1:
                 _rows_in(room, len(ids), self.dim)[...] = total[mine]
-            message = PushRows(self._number, self._sequence, step, len(ids), self._scalars)
+            message = PushRows(self.number, self._sequence, step, len(ids), self._scalars)
             raw = room[: batch_bytes(len(ids), self.dim)]
             if self.spec.is_staged and self._session._peers.is_durable:
                 link.staged.append((message, raw.copy()))
@@ -297,7 +297,7 @@ class Table:
         if self.spec.policy.budget_bytes is None:
             return
         if self._rows_max is None:
-            self._rows_max = [answer.rows_max for answer, _ in self._ask_all(TableStatsGet(self._number), TableStats)]
+            self._rows_max = [answer.rows_max for answer, _ in self._ask_all(TableStatsGet(self.number), TableStats)]
         for limit, (start, stop) in zip(self._rows_max, pairwise(batch.bounds), strict=True):
             if 0 < limit < stop - start:
                 raise SettingError(too_many(stop - start, limit, self.spec))
@@ -323,7 +323,7 @@ class Table:
         """Return the rows of the distinct ids, float32 (u, dim), valid until the next request."""
         if self.spec.is_staged and self._session._is_pending:
             self._session.wait()  # clock c reads commit c
-        number = 1 + self._number
+        number = 1 + self.number
         is_ahead = batch is self._ahead
         if not (is_ahead and self._is_under_way) or any(number in link.failed for link in self._links):
             number = 0
@@ -343,10 +343,10 @@ class Table:
             room = self._write_ids(link, number, ids)
             raw = room[: ids.nbytes]
             if only_warm:
-                link.send(WarmRows(self._number, number, len(ids)), raw, Done, room=number)
+                link.send(WarmRows(self.number, number, len(ids)), raw, Done, room=number)
             else:
                 rows = room[rows_at(len(ids)) : batch_bytes(len(ids), self.dim)]
-                link.send(PullRows(self._number, number, len(ids), touch), raw, PulledRows, rows, room=number)
+                link.send(PullRows(self.number, number, len(ids), touch), raw, PulledRows, rows, room=number)
 
     def _parts(self, batch: Batch) -> Iterable[tuple[Link, np.ndarray]]:
         """Yield each server that has any of the ids, and those."""
@@ -363,21 +363,21 @@ class Table:
 
     def stats(self) -> TableStats:
         """Return the table at a glance, over all servers: rows, bytes, and how often what has happened."""
-        found = [answer for answer, _ in self._ask_all(TableStatsGet(self._number), TableStats)]
+        found = [answer for answer, _ in self._ask_all(TableStatsGet(self.number), TableStats)]
         sums = {name: sum(getattr(part, name) for part in found) for name in TableStats.__struct_fields__}
         return TableStats(**{**sums, "step": max(part.step for part in found)})
 
     def track(self, consumer: str) -> None:
         """Begin a delta stream by this name, or start it over; `changes` then gives everything first. At most 6 a table."""
-        self._ask_all(Track(self._number, consumer, True), Done)
+        self._ask_all(Track(self.number, consumer, True), Done)
         for link in self._links:
-            link.tracked[self._number, consumer] = Track(self._number, consumer, True)
+            link.tracked[self.number, consumer] = Track(self.number, consumer, True)
 
     def untrack(self, consumer: str) -> None:
         """End a delta stream: nothing is noted for it any more."""
-        self._ask_all(Track(self._number, consumer, False), Done)
+        self._ask_all(Track(self.number, consumer, False), Done)
         for link in self._links:
-            link.tracked.pop((self._number, consumer), None)
+            link.tracked.pop((self.number, consumer), None)
 
     def changes(self, consumer: str, limit: int = 1 << 31) -> Changes:
         """Return what was written and deleted since this consumer last asked, evictions and expiry included.
@@ -390,13 +390,13 @@ class Table:
             return changes_bytes(answer.written, answer.deleted, width)
 
         with self._still():
-            asked = ChangesGet(self._number, consumer, limit)
+            asked = ChangesGet(self.number, consumer, limit)
             found = self._ask_all(asked, Changed, size)
             restarts = [answer.restart for answer, _ in found]
             if any(restarts):  # everything is dropped, so everything must come, from every server
                 for i, link in enumerate(self._links):
                     if not restarts[i]:
-                        link.ask(Track(self._number, consumer, True), Done)
+                        link.ask(Track(self.number, consumer, True), Done)
                         found[i] = link.ask(asked, Changed, size)
         ids, rows, deleted = [], [], []
         for answer, raw in found:
@@ -427,7 +427,7 @@ class Table:
             cursor = 0
             while cursor >= 0:
                 page, raw = link.ask(
-                    PageGet(self._number, cursor, _limits.PAGE_ROWS),
+                    PageGet(self.number, cursor, _limits.PAGE_ROWS),
                     Page,
                     lambda answer: page_bytes(answer.count, width),
                 )
@@ -461,7 +461,7 @@ class Table:
             for start in range(0, max(len(mine), 1), _limits.PAGE_ROWS):  # where there are none, the step
                 some = mine[start : start + _limits.PAGE_ROWS]
                 page = join_page(*(column[some] for column in rows))
-                link.ask(PagePut(self._number, len(some), step), Done, payload=page)
+                link.ask(PagePut(self.number, len(some), step), Done, payload=page)
         return len(batch.distinct)
 
     def _still(self) -> AbstractContextManager[Any]:

@@ -25,6 +25,7 @@ from headwater._dense_link import DenseLink
 from headwater._errors import (
     ClosedError,
     HeadwaterError,
+    HostError,
     LayoutError,
     PeerLostError,
     SettingError,
@@ -367,11 +368,11 @@ class Session:
         if self._tables is not None:
             self._tables.settle()  # what is staged for this step lies on every server before its seal
         if self._is_void:
-            self._drop_step()
             self._sequence += 1  # what servers hold of this step belongs to no other
             for data in self._leased.values():
                 data.rolled_back()  # what was yielded for this step comes again
             self.pull_parameters()
+            self._drop_step()  # the next one is computed from these, even if the job came back meanwhile
             return
         self._sequence += 1
         used = tuple([(name, data.used) for name, data in self._leased.items()])
@@ -745,10 +746,10 @@ class Session:
         while True:
             try:
                 return act()
-            except PeerLostError as error:
+            except (PeerLostError, UnreachableError) as error:
                 self._come_back(error)
 
-    def _come_back(self, error: PeerLostError) -> None:
+    def _come_back(self, error: PeerLostError | UnreachableError) -> None:
         """A connection has ended: make all of them again, and say again what did not count. Raises `error` where the job is not durable."""
         if self._is_holding and self._peers.is_durable:
             raise error  # what was held is held no longer: whoever holds begins again
@@ -777,7 +778,12 @@ class Session:
         tables = self._tables
         if tables is not None:
             for table in tables:
-                self._ask_once(table.declaration(), Declared)
+                number = self._ask_once(table.declaration(), Declared).table
+                if number != table.number:
+                    raise HostError(
+                        f"Expected table {table.spec.name!r} to be number {table.number}, as before, got {number}: the job had to "
+                        "go back to before it was declared. Start this worker again."
+                    )
             tables.attach_again()
         if self._layout is None or self._dense is None or self._optimizer is None:
             if tables is not None:
@@ -791,13 +797,15 @@ class Session:
             dense.put("parameters", values)
             answer = self._ask_once(Initialised(), Registered)
         dense.attach_again(answer.side)
-        is_current = not answer.went_back
-        if self.consistency.kind == "bsp":  # a gradient of another clock is of no use
-            has_counted = self._is_pending and answer.answered == self._sequence
-            is_current = is_current and (answer.clock == self.clock or has_counted)
+        has_counted = self._is_pending and answer.answered == self._sequence
+        is_current = has_counted or not answer.went_back
+        if self.consistency.kind == "bsp" and not has_counted:  # a gradient of another clock is of no use
+            is_current = is_current and answer.clock == self.clock
         if tables is not None:
             tables.resume(stages=is_current)
         if is_current:
+            for data in self._leased.values() if answer.went_back else ():
+                data.rolled_back()
             if self._is_pending:
                 dense.send(self._seal, pull=self._wants_pull)
             return
