@@ -16,8 +16,9 @@ SECTOR = 512
 
 
 class _File:
-    def __init__(self, data: bytes = b"") -> None:
+    def __init__(self, data: bytes = b"", ahead: int = 0) -> None:
         self.data = bytearray(data)
+        self.ahead = min(ahead, SECTOR + 100)  # zeros that stand at the end until it is closed
         self.synced = len(data)  # so many bytes survive a power cut
         self.is_broken = False  # a sync failed: later ones say that all is well, and save nothing
 
@@ -77,26 +78,28 @@ class FaultyFiles:
         """Flip one bit of a file."""
         self._file(path).data[offset] ^= 1 << bit
 
-    def create(self, path: str) -> Writer:
+    def create(self, path: str, *, ahead: int = 0, is_read_soon: bool = True) -> Writer:
         self.hook("create", path)
         with named_failure("create", path):
             folder, name = self._place(path)
             if isinstance(folder.names.get(name), _Folder):
                 raise IsADirectoryError(errno.EISDIR, path)
-            file = _File()
+            file = _File(ahead=ahead)
             folder.change({name: file})
             return _FaultyWriter(self, path, file)
 
     def read_into(self, path: str, offset: int, target: memoryview) -> int:
         self.hook("read", path)
         with named_failure("read", path):
-            data = self._file(path).data[offset : offset + target.nbytes]
+            file = self._file(path)
+            data = (file.data + bytes(file.ahead))[offset : offset + target.nbytes]
             target[: len(data)] = data
             return len(data)
 
     def size(self, path: str) -> int:
         self.hook("size", path)
-        return len(self._file(path).data)
+        file = self._file(path)
+        return len(file.data) + file.ahead
 
     def list(self, folder: str) -> list[str]:
         self.hook("list", folder)
@@ -137,7 +140,7 @@ class FaultyFiles:
             assert isinstance(node, _Folder)
             folder = node
 
-    def write_again(self, path: str, start: int) -> None:
+    def write_again(self, path: str, start: int, stop: int) -> None:
         self.hook("sync", path)
         with named_failure("sync", path):
             file = self._file(path)
@@ -211,7 +214,7 @@ class FaultyFiles:
             start = max(file.synced, self._random.randint(0, end) // SECTOR * SECTOR)
             stop = min(start + SECTOR, end)
             data[start:stop] = bytes(stop - start)
-        return _File(bytes(data))
+        return _File(bytes(data) + bytes(self._random.randint(0, file.ahead)))
 
 
 class _FaultyWriter:
@@ -235,3 +238,4 @@ class _FaultyWriter:
 
     def close(self) -> None:
         self._files.hook("close", self._path)
+        self._file.ahead = 0

@@ -22,7 +22,7 @@ import numpy as np
 from headwater import _kernels, _limits
 from headwater._consistency import Consistency
 from headwater._errors import InternalError, LayoutError, PeerLostError, ProtocolError
-from headwater._layout import BLOCK, Layout, Part, Slice, runs, tensor_at
+from headwater._layout import BLOCK, PAGE_BYTES, Layout, Part, Slice, runs, tensor_at
 from headwater._memory import SharedBuffer, zeroed
 from headwater._messages import (
     AnyMessage,
@@ -273,13 +273,25 @@ class Shard:
             return self._pinned
 
     def unpin(self) -> None:
-        """Let commits write over what was set aside; a third copy of what stays here is given up. Said between two commits."""
+        """Let commits write over what was set aside. Said between two commits."""
         with self.lock:
             self._pinned = None
-            if self.layout is not None and len(self._hidden) > 2:
-                self._foreseen = None  # it may be writing into what goes
-                others = [planes for i, planes in enumerate(self._hidden) if i != self._half]
-                self._hidden, self._half = [self._hidden[self._half], others[0]], 0
+
+    def make_room(self) -> None:
+        """Have memory, touched, for the commits that go on beside a state that is set aside: else the first of them waits for it."""
+        if self.layout is None:
+            return
+        if len(self._hidden) < 3:
+            planes = [self._new_planes(s) for s in self.part.slices]
+            for array in (array for each in planes for array in each.values()):
+                array.view(np.uint8)[::PAGE_BYTES] += 0
+            with self.lock:
+                self._hidden.append(planes)
+        if len(self._wires) < 3:
+            wire = SharedBuffer(self.part.wire_bytes, "parameters")
+            wire.array[::PAGE_BYTES] = 0
+            with self.lock:
+                self._wires.append(wire)
 
     def prepared_sums(self) -> tuple[tuple[CommitSpec, ...], list[np.ndarray]]:
         """Return what is prepared and, by commit and slice, the summed gradient in the master dtype, valid until the next call."""

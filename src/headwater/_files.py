@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import shutil
 import socket
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _BUFFERS = 1024  # in one system call, IOV_MAX on Linux
+_DIRECT_BYTES = 1 << 22  # at once past the cache
 
 _ADVICE = {
     errno.ENOSPC: "The disk is full: free some space there, or choose another store",
@@ -51,8 +53,12 @@ class Writer(Protocol):
 class Files(Protocol):
     """What a store's files can do; every failure is a StorageError. Calls may come from several threads."""
 
-    def create(self, path: str) -> Writer:
-        """Open a file for writing; what was there is lost."""
+    def create(self, path: str, *, ahead: int = 0, is_read_soon: bool = True) -> Writer:
+        """Open a file for writing; what was there is lost.
+
+        ahead: space is taken on the disk for so many bytes more than are written, which makes `sync` faster; after a crash they
+        stand at the end as zeros. is_read_soon: whether it is worth a place in the system's cache.
+        """
 
     def read_into(self, path: str, offset: int, target: memoryview) -> int:
         """Fill the target from the offset on; returns the bytes read, fewer only at the end of the file."""
@@ -72,8 +78,8 @@ class Files(Protocol):
     def make_folder(self, path: str) -> None:
         """Make a folder and those above it, durably; existing is fine."""
 
-    def write_again(self, path: str, start: int) -> None:
-        """Return when what a file holds from `start` on, whoever wrote it, survives a power cut.
+    def write_again(self, path: str, start: int, stop: int) -> None:
+        """Return when what a file holds from `start` to `stop`, whoever wrote it, survives a power cut.
 
         A sync of another life may have failed, after which the system takes what was not written for written.
         """
@@ -103,14 +109,15 @@ def byte_views(buffers: Sequence[Buffer]) -> list[memoryview]:
 
 
 class _LocalWriter:
-    def __init__(self, path: str) -> None:
-        self.size = 0
-        self._path = path
+    def __init__(self, path: str, ahead: int = 0) -> None:
+        self.size = self._taken = 0
+        self._path, self._ahead = path, ahead
         with named_failure("create", path):
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
 
     def write(self, *buffers: Buffer) -> None:
         views = byte_views(buffers)
+        self._take(sum(view.nbytes for view in views))
         with named_failure("write to", self._path):
             while views:
                 written = os.writev(self._fd, views[:_BUFFERS])
@@ -123,6 +130,14 @@ class _LocalWriter:
                 if written:
                     views[0] = views[0][written:]
 
+    def _take(self, size: int) -> None:
+        """Have space for so many bytes and some ahead."""
+        end = self.size + size
+        if self._ahead and end > self._taken:
+            with suppress(OSError):  # where there is none the write says so
+                os.posix_fallocate(self._fd, self._taken, end + self._ahead - self._taken)
+            self._taken = end + self._ahead
+
     def sync(self) -> None:
         with named_failure("sync", self._path):
             os.fdatasync(self._fd)
@@ -131,14 +146,52 @@ class _LocalWriter:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             with named_failure("close", self._path):
-                os.close(fd)
+                try:
+                    if self._taken:
+                        os.ftruncate(fd, self.size)
+                finally:
+                    os.close(fd)
+
+
+class _DirectWriter(_LocalWriter):
+    """Past the system's cache, where the file system can: a fifth of the work, and what others have there stays."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._room, self._filled = mmap.mmap(-1, _DIRECT_BYTES), 0  # which begins on a page
+        self._set_direct(True)
+
+    def _set_direct(self, is_direct: bool) -> None:
+        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL) & ~os.O_DIRECT
+        with suppress(OSError):  # it has no such thing
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags | (os.O_DIRECT if is_direct else 0))
+
+    def write(self, *buffers: Buffer) -> None:
+        for view in byte_views(buffers):
+            at = 0
+            while at < view.nbytes:
+                count = min(view.nbytes - at, _DIRECT_BYTES - self._filled)
+                self._room[self._filled : self._filled + count] = view[at : at + count]
+                at, self._filled = at + count, self._filled + count
+                if self._filled == _DIRECT_BYTES:
+                    self._flush()
+
+    def _flush(self) -> None:
+        filled, self._filled = self._filled, 0
+        with memoryview(self._room) as room:
+            super().write(room[:filled])
+
+    def sync(self) -> None:
+        self._set_direct(False)  # the rest is no whole page
+        self._flush()
+        super().sync()
 
 
 class LocalFiles:
     """This machine's file system, unbuffered: one system call per write, straight from memory."""
 
-    def create(self, path: str) -> Writer:
-        return _LocalWriter(path)
+    def create(self, path: str, *, ahead: int = 0, is_read_soon: bool = True) -> Writer:
+        return _LocalWriter(path, ahead) if is_read_soon else _DirectWriter(path)
 
     def read_into(self, path: str, offset: int, target: memoryview) -> int:
         target = target.cast("B") if target.nbytes else target
@@ -184,11 +237,11 @@ class LocalFiles:
             for folder in missing:
                 self.sync_folder(str(folder.parent))
 
-    def write_again(self, path: str, start: int) -> None:
+    def write_again(self, path: str, start: int, stop: int) -> None:
         with named_failure("sync", path), Path(path).open("r+b") as file:
-            while True:
+            while start < stop:
                 file.seek(start)
-                data = file.read(1 << 20)
+                data = file.read(min(1 << 20, stop - start))
                 if not data:
                     break
                 file.seek(start)
@@ -237,7 +290,7 @@ class RemoteFiles:
     def __init__(self, system: Any) -> None:
         self._system = system  # an fsspec.AbstractFileSystem
 
-    def create(self, path: str) -> Writer:
+    def create(self, path: str, *, ahead: int = 0, is_read_soon: bool = True) -> Writer:
         return _RemoteWriter(self._system, path)
 
     def read_into(self, path: str, offset: int, target: memoryview) -> int:
@@ -277,7 +330,7 @@ class RemoteFiles:
         with named_failure("make the folder", path, Exception):
             self._system.makedirs(path, exist_ok=True)
 
-    def write_again(self, path: str, start: int) -> None:
+    def write_again(self, path: str, start: int, stop: int) -> None:
         pass
 
     def sync_folder(self, path: str) -> None:

@@ -611,6 +611,7 @@ class _Writing:
 
     def _run(self) -> None:
         try:
+            self._shard.make_room()
             for number, rows in sorted(self._shard.tables.tables.items()):
                 self._write_rows(number, rows)
             self._is_due = True

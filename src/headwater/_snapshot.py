@@ -36,7 +36,7 @@ FORMAT = 2
 MANIFEST = "job.json"
 SEGMENT_BYTES = 1 << 24  # of a table, about; several times that is in memory while it is written
 _PIECE = 1 << 22  # bytes that are read or written at once
-_CACHED = 1 << 18  # likewise, of a file of this machine: they are still in the cache when they are hashed
+_CACHED = 1 << 18  # likewise, where they are to be in the processor's cache still when they are hashed or written
 _SNAPSHOT = re.compile(r"snapshot-(\d{12,})")
 _SEGMENT = re.compile(r"table-(\d+)-(\d+)-(\d+)\.safetensors")
 #: The names that safetensors has for what is written here.
@@ -702,7 +702,7 @@ class _Sink:
     """A file that grows at its end and is hashed on its way."""
 
     def __init__(self, files: Files, path: str) -> None:
-        self._writer = files.create(path)
+        self._writer = files.create(path, is_read_soon=False)
         self._name = path.rpartition("/")[2]
         self._hash = xxhash.xxh3_64()
         self._pending: list[memoryview] = []
@@ -712,12 +712,12 @@ class _Sink:
         """Write buffers, which must stay as they are until the file is closed."""
         for buffer in buffers:
             raw = np.frombuffer(buffer, np.uint8) if isinstance(buffer, bytes) else buffer.reshape(-1).view(np.uint8)
-            for start in range(0, raw.nbytes, _PIECE):
-                piece = memoryview(raw[start : start + _PIECE])
+            for start in range(0, raw.nbytes, _CACHED):
+                piece = memoryview(raw[start : start + _CACHED])
                 self._hash.update(piece)
                 self._pending.append(piece)
                 self._size += piece.nbytes
-                if self._size >= _PIECE:
+                if self._size >= _CACHED:
                     self._flush()
 
     def _flush(self) -> None:
