@@ -124,9 +124,10 @@ class Optimizer(torch.optim.Optimizer):
         """Let the parameters be the session's current side."""
         side = self._current()
         if not self._on_worker:
-            for (_, parameter, _), view in zip(self._parameters, side, strict=True):
+            parameters = [parameter for _, parameter, _ in self._parameters]
+            for parameter, view in zip(parameters, side, strict=True):
                 parameter.data = view
-                torch.autograd.graph.increment_version(parameter)  # a graph from before the step is stale, and told so
+            torch.autograd.graph.increment_version(parameters)  # a graph from before the step is stale, and told so
         elif first:
             for (_, parameter, _), view in zip(self._parameters, side, strict=True):
                 parameter.data.copy_(view)
