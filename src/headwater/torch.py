@@ -136,9 +136,10 @@ class Optimizer(torch.optim.Optimizer):
         for buffer, view in zip(self._buffers, side[len(self._parameters) :], strict=True):
             buffer.tensor.copy_(view)
         if not self._on_worker:
-            for (_, parameter, _), view in zip(self._parameters, side, strict=False):
+            parameters = [parameter for _, parameter, _ in self._parameters]
+            for parameter, view in zip(parameters, side, strict=False):
                 parameter.data = view
-                torch.autograd.graph.increment_version(parameter)  # a graph from before the step is stale, and told so
+            torch.autograd.graph.increment_version(parameters)  # a graph from before the step is stale, and told so
         elif first:
             for (_, parameter, _), view in zip(self._parameters, side, strict=False):
                 parameter.data.copy_(view)
