@@ -455,7 +455,7 @@ class Session:
         if self._is_pending:
             self.wait()
         self._surviving(dense.pull)
-        if self.moved is not None:
+        if self.moved is not None and self.consistency.kind != "bsp":
             self.moved()
 
     def _copy_in(self, gradients: Mapping[str, np.ndarray]) -> None:
