@@ -440,6 +440,24 @@ def test_a_state_that_is_handed_back_as_it_was_read_takes_nothing_back() -> None
         assert set(one.read_optimizer()[1].values()) == {4}
 
 
+def test_a_server_that_ends_while_a_step_waits_is_what_the_step_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    with start_job(workers=2) as job, job.connect() as one, job.connect() as other:
+        models = make_model(), make_model()
+        optimizer, _ = [
+            hw.torch.Optimizer(m, hw.optim.SGD(lr=0.1), session=s) for m, s in zip(models, (one, other), strict=True)
+        ]
+        backward(models[0], make_batches(1)[0])
+        wait = one.wait
+
+        def wait_for_a_server_that_ends() -> int:
+            job.servers[0].close()
+            return wait()
+
+        monkeypatch.setattr(one, "wait", wait_for_a_server_that_ends)
+        with pytest.raises(errors.PeerLostError):
+            optimizer.step()
+
+
 def test_a_compiled_model_has_the_names_of_the_plain_one(session: hw.Session) -> None:
     inner: Any = torch.compile(torch.nn.BatchNorm1d(2), backend="eager")
     model: Any = torch.compile(torch.nn.Sequential(inner, torch.nn.Linear(2, 1)), backend="eager")

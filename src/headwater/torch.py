@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from headwater import optim
-from headwater._errors import LayoutError, SettingError, UsageError
+from headwater._errors import ClosedError, LayoutError, SettingError, UsageError
 from headwater._layout import AVERAGED, TensorSpec
 from headwater._plan import pack_absent
 from headwater._session import Session, connect_session
@@ -185,7 +186,8 @@ class Optimizer(torch.optim.Optimizer):
         try:
             self.session.wait()
         finally:
-            self._bind()
+            with suppress(ClosedError):  # whatever closed it is what is to be told
+                self._bind()
         if self._on_worker and self.session.accepted:
             self._step_here(absent)
         if self.inner is not None:
