@@ -37,7 +37,7 @@ def run(folder: Path, script: str, more: str = "") -> tuple[dict[int, tuple[int,
     (folder / "script.py").write_text(script + TELL + more)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "headwater", "run", "-n", "2", "script.py"],
+        [sys.executable, "-m", "headwater", "run", "-n", "2", "--restarts", "0", "script.py"],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
     output = done.stdout + done.stderr
@@ -55,7 +55,8 @@ def run(folder: Path, script: str, more: str = "") -> tuple[dict[int, tuple[int,
 def test_hugging_faces_trainer_trains_and_resumes_from_its_own_checkpoint(tmp_path: Path) -> None:
     ends, first, _ = run(tmp_path, TRAINER.replace("max_steps=20", "max_steps=10"))
     assert ends == {0: (10, 10), 1: (10, 10)}
-    ends, second, _ = run(tmp_path, TRAINER)
+    compiled = TRAINER.replace("bf16=True", "bf16=True, torch_compile=True, torch_compile_backend='aot_eager'")
+    ends, second, _ = run(tmp_path, compiled)
     assert ends == {0: (20, 10), 1: (20, 10)}
     assert second < first
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["checkpoint-10", "checkpoint-20"]
@@ -67,8 +68,13 @@ if is_first:
     del os.environ["HEADWATER_ADDRESS"]
     session = hw.connect()
     checkpoint = trainer.checkpoint_callback.best_model_path
-    trainer = lightning.Trainer(max_steps=28, accelerator="cpu", logger=False, enable_progress_bar=False)
-    trainer.fit(model := Regression(), loader, ckpt_path=checkpoint)
+    scaling = lightning.pytorch.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0))
+    trainer = lightning.Trainer(
+        max_steps=28, accelerator="cpu", logger=False, enable_progress_bar=False, plugins=[scaling]
+    )
+    model = Regression()
+    model.layers.compile(backend="aot_eager")
+    trainer.fit(model, loader, ckpt_path=checkpoint)
     (optimizer,) = trainer.optimizers
     error = float((model.eval().layers(x) - x.sum(1, keepdim=True)).detach().square().mean())
     steps = {int(state["step"]) for state in optimizer.state_dict()["state"].values()}
