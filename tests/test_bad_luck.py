@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 import pytest
 from jobs import PATIENCE_S, TOKEN, assert_equal_bits, read_all
-from test_durability import INITIAL, Cluster, cluster_of, gradient, rows_of, undisturbed
+from test_durability import Cluster, cluster_of, gradient, register, rows_of, undisturbed
 from test_processes import WORKERS, Machine, Output
 
 import headwater as hw
@@ -59,7 +59,7 @@ def test_a_refused_push_is_not_replayed(tmp_path: Path, servers: int) -> None:
         cluster_of(tmp_path, durability.log(0), servers=servers) as cluster,
         cluster.connect() as session,
     ):
-        session.register(INITIAL, SGD, averaged=["mean"])
+        register(session, SGD)
         session.step(gradient(0))
         with pytest.raises(errors.NonFiniteError):
             session.step(bad)
@@ -73,7 +73,7 @@ def test_a_refused_push_is_not_replayed(tmp_path: Path, servers: int) -> None:
 @pytest.mark.parametrize("kind", [durability.snapshot(0), durability.log(0)], ids=str)
 def test_an_optimizer_that_was_written_is_kept(tmp_path: Path, kind: durability.Durability) -> None:
     with cluster_of(tmp_path, kind, servers=2) as cluster, cluster.connect() as session:
-        session.register(INITIAL, hw.optim.Adam(lr=0.1), averaged=["mean"])
+        register(session, hw.optim.Adam(lr=0.1))
         session.step(gradient(0))
         planes, steps = session.read_optimizer()
         planes = {plane: {name: array * 2 for name, array in arrays.items()} for plane, arrays in planes.items()}
@@ -90,7 +90,7 @@ def test_no_key_of_the_state_is_lost(tmp_path: Path) -> None:
     with cluster_of(tmp_path, durability.log(0), workers=workers) as cluster:
 
         def work(session: hw.Session) -> None:
-            session.register(INITIAL, SGD, averaged=["mean"])
+            register(session, SGD)
             for i in range(keys):
                 session.state[f"{session.index}-{i}"] = i
 
@@ -102,7 +102,7 @@ def test_no_key_of_the_state_is_lost(tmp_path: Path) -> None:
 
 def test_a_damaged_manifest_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with cluster_of(tmp_path, durability.log(0)) as cluster, cluster.connect() as session:
-        session.register(INITIAL, hw.optim.Adam(lr=0.1), averaged=["mean"])
+        register(session, hw.optim.Adam(lr=0.1))
         for step in range(6):
             if step in (2, 4):
                 cluster.snapshot()
@@ -131,7 +131,7 @@ def test_a_job_goes_on_with_another_number_of_servers_and_survives_again(
     ids = np.arange(100)
     with cluster_of(tmp_path / "a", kind, servers=before) as cluster, cluster.connect() as session:
         table = rows_of(session, hw.asp())
-        session.register(INITIAL, optimizer, averaged=["mean"])
+        register(session, optimizer)
         for step in range(3):
             table.push(ids, np.ones((100, 4), np.float32))
             session.step(gradient(step))
@@ -142,7 +142,7 @@ def test_a_job_goes_on_with_another_number_of_servers_and_survives_again(
     done = 4 if kind.kind == "log" else 3
     with cluster_of(tmp_path / "b", kind, servers=after, resumes=True) as cluster, cluster.connect() as session:
         table = rows_of(session)
-        session.register(INITIAL, optimizer, averaged=["mean"])
+        register(session, optimizer)
         assert session.clock == done
         for step in range(done, 6):
             table.push(ids, np.ones((100, 4), np.float32))
@@ -163,7 +163,7 @@ def test_a_server_dies_before_anything_is_registered(tmp_path: Path, victim: int
         cluster.restart(victim)
         table = rows_of(session)
         cluster.restart(victim)
-        session.register(INITIAL, SGD, averaged=["mean"])
+        register(session, SGD)
         table.push(np.arange(4), np.ones((4, 4), np.float32))
         session.step(gradient(0))
         assert_equal_bits(read_all(session), undisturbed(1, SGD))
@@ -213,7 +213,7 @@ def test_a_server_dies_during_the_first_snapshot(
         def work(session: hw.Session) -> None:
             table = rows_of(session, hw.asp()) if tables else None
             is_armed.set()
-            session.register(INITIAL, optimizer, averaged=["mean"])
+            register(session, optimizer)
             for step in range(3):
                 if table is not None:
                     table.push(np.arange(4), np.ones((4, 4), np.float32))
@@ -225,7 +225,7 @@ def test_a_server_dies_during_the_first_snapshot(
         killers[0].join()
         assert due.is_set()
         with cluster.connect() as session:
-            session.register(INITIAL, optimizer, averaged=["mean"])
+            register(session, optimizer)
             assert_equal_bits(read_all(session), undisturbed(3, optimizer))
             if tables:
                 assert np.array_equal(rows_of(session).pull(np.arange(4)), np.full((4, 4), -6.0, np.float32))
@@ -240,12 +240,12 @@ def test_a_worker_that_came_after_the_snapshot_goes_back_too(tmp_path: Path, con
         cluster_of(tmp_path, durability.snapshot(0), consistency=consistency) as cluster,
         cluster.connect() as first,
     ):
-        first.register(INITIAL, SGD, averaged=["mean"])
+        register(first, SGD)
         first.step(gradient(0))
         cluster.snapshot()
         first.close()
         with cluster.connect() as session:
-            session.register(INITIAL, SGD, averaged=["mean"])
+            register(session, SGD)
             data = session.shard(list(range(40)), epochs=1, batch_size=4)
             for i, batch in zip(range(1, 4), data, strict=False):
                 assert len(batch) == 4
@@ -265,7 +265,7 @@ def test_rows_pushed_to_a_server_that_lives_while_another_is_started_again_count
     steps = 300
     with cluster_of(tmp_path, durability.log(0), servers=2) as cluster, cluster.connect() as session:
         table = rows_of(session, hw.asp())
-        session.register(INITIAL, SGD, averaged=["mean"])
+        register(session, SGD)
         session.step(gradient(0))
         ids = np.arange(200)
         table.push(ids, np.ones((200, 4), np.float32))
@@ -288,7 +288,7 @@ def test_rows_pushed_to_a_server_that_lives_while_another_is_started_again_count
 def test_a_save_survives_a_server(tmp_path: Path, kind: durability.Durability) -> None:
     with cluster_of(tmp_path, kind, servers=2) as cluster, cluster.connect() as session:
         table = rows_of(session, hw.asp())
-        session.register(INITIAL, SGD, averaged=["mean"])
+        register(session, SGD)
         table.push(np.arange(50), np.ones((50, 4), np.float32))
         session.step(gradient(0))
         cluster.snapshot()
@@ -309,7 +309,7 @@ def test_a_save_survives_a_server(tmp_path: Path, kind: durability.Durability) -
         with hw.connect() as alone:
             rows_of(alone, hw.asp())
             alone.load(tmp_path / "saved")
-            alone.register(INITIAL, SGD, averaged=["mean"])
+            register(alone, SGD)
             assert_equal_bits(read_all(alone), undisturbed(1, SGD))
             assert np.array_equal(rows_of(alone).pull(np.arange(50)), -np.ones((50, 4), np.float32))
 
@@ -320,7 +320,7 @@ def test_a_save_survives_a_server(tmp_path: Path, kind: durability.Durability) -
 def test_a_hundred_recoveries_leave_nothing(tmp_path: Path) -> None:
     with cluster_of(tmp_path, durability.log(0), servers=2) as cluster, cluster.connect() as session:
         table = rows_of(session, hw.asp())
-        session.register(INITIAL, SGD, averaged=["mean"])
+        register(session, SGD)
         counts = []
         for i in range(100):
             taker = threading.Thread(target=_try, args=(cluster.snapshot,))
@@ -348,7 +348,7 @@ def _try(act: Callable[[], None]) -> None:
 
 def test_a_store_has_one_job_at_a_time(tmp_path: Path) -> None:
     with cluster_of(tmp_path, durability.log(0), servers=2) as cluster, cluster.connect() as session:
-        session.register(INITIAL, SGD, averaged=["mean"])
+        register(session, SGD)
         for i in range(2):
             with pytest.raises(errors.SettingError, match=f"process {os.getpid()} on .* holds"):
                 hw.Server(
@@ -365,14 +365,14 @@ def test_a_store_has_one_job_at_a_time(tmp_path: Path) -> None:
 
 def test_a_store_that_was_used_is_not_begun_anew(tmp_path: Path) -> None:
     with cluster_of(tmp_path, durability.snapshot(0)) as cluster, cluster.connect() as session:
-        session.register(INITIAL, SGD, averaged=["mean"])
+        register(session, SGD)
     with pytest.raises(errors.SettingError, match=r"got a job in .*: resume it"):
         hw.Server(durability=durability.snapshot(0), store=str(tmp_path / "store"))
 
 
 def test_an_empty_store_is_begun_where_it_is_to_be_resumed(tmp_path: Path) -> None:
     with cluster_of(tmp_path, durability.log(0), resumes=True) as cluster, cluster.connect() as session:
-        session.register(INITIAL, SGD, averaged=["mean"])
+        register(session, SGD)
         session.step(gradient(0))
         assert session.clock == 1
 
@@ -523,7 +523,7 @@ def test_a_server_that_slept_too_long_comes_back_and_nothing_is_lost(
         output.wait_for("listening on")
         with hw.connect(first.address.unix, token=TOKEN, timeout_s=PATIENCE_S) as session:
             table = rows_of(session, rows)
-            session.register(INITIAL, optimizer, averaged=["mean"])
+            register(session, optimizer)
             monkeypatch.setattr(_limits, "SILENCE_S", 0.5)
             session.step(gradient(0))
             assert first.coordinator is not None
@@ -561,7 +561,7 @@ def test_a_first_server_that_slept_too_long_is_found_again(
     output, address = server_process(machine, tmp_path / "store", 0, 1)
     output.wait_for("listening on")
     with hw.connect(str(address), token=TOKEN, timeout_s=PATIENCE_S) as session:
-        session.register(INITIAL, SGD, averaged=["mean"])
+        register(session, SGD)
         session.step(gradient(0))
         monkeypatch.setattr(_limits, "SILENCE_S", 0.3)
         session._peers.control.set_timeout(0.3)
@@ -586,7 +586,7 @@ def test_a_first_server_that_slept_too_long_is_found_again(
 
 def test_a_server_that_takes_long_to_come_back_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with cluster_of(tmp_path, durability.log(0), servers=2) as cluster, cluster.connect() as session:
-        session.register(INITIAL, SGD, averaged=["mean"])
+        register(session, SGD)
         session.step(gradient(0))
         monkeypatch.setattr(_limits, "SILENCE_S", 0.3)
         monkeypatch.setattr(_limits, "REPORT_WAIT_S", 0.05)

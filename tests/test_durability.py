@@ -157,6 +157,11 @@ def cluster_of(
                 server.close()
 
 
+def register(session: hw.Session, optimizer: hw.optim.AnyOptimizer) -> None:
+    """Register what is trained, and what is averaged."""
+    session.register(INITIAL, optimizer, averaged=["mean"])
+
+
 def gradient(step: int, worker: int = 0) -> dict[str, npt.NDArray[np.float32]]:
     rng = np.random.default_rng([step, worker])
     return {name: rng.integers(-8, 9, a.shape).astype(np.float32) for name, a in INITIAL.items()}
@@ -164,7 +169,7 @@ def gradient(step: int, worker: int = 0) -> dict[str, npt.NDArray[np.float32]]:
 
 def undisturbed(steps: int, optimizer: hw.optim.AnyOptimizer) -> dict[str, npt.NDArray[Any]]:
     with hw.connect() as session:
-        session.register(INITIAL, optimizer, averaged=["mean"])
+        register(session, optimizer)
         for step in range(steps):
             session.step(gradient(step))
         return read_all(session)
@@ -178,7 +183,7 @@ def test_under_snapshot_a_job_goes_back_and_says_how_far(tmp_path: Path, servers
         cluster_of(tmp_path, durability.snapshot(0), servers=servers, transport=transport) as cluster,
         cluster.connect() as session,
     ):
-        session.register(INITIAL, optimizer, averaged=["mean"])
+        register(session, optimizer)
         for step in range(5):
             session.step(gradient(step))
         cluster.snapshot()
@@ -204,7 +209,7 @@ def test_nothing_is_lost(
         cluster_of(tmp_path, kind, servers=servers, transport=transport) as cluster,
         cluster.connect() as session,
     ):
-        session.register(INITIAL, optimizer, averaged=["mean"])
+        register(session, optimizer)
         for step in range(9):
             if step == 3:
                 cluster.snapshot()
@@ -226,14 +231,14 @@ def test_each_push_counts_once_whatever_dies_when(
     with cluster_of(tmp_path, kind, servers=servers, workers=workers, consistency=consistency) as cluster:
 
         def work(session: hw.Session) -> None:
-            session.register(INITIAL, hw.optim.SGD(lr=1.0), averaged=["mean"])
+            register(session, hw.optim.SGD(lr=1.0))
             for step in range(steps):
                 session.step(gradient(step, session.index))
 
         with cluster.harassed(0, lambda rng: cluster.restart(int(rng.integers(servers)))):
             cluster.run(work)
         with cluster.connect() as session:
-            session.register(INITIAL, hw.optim.SGD(lr=1.0), averaged=["mean"])
+            register(session, hw.optim.SGD(lr=1.0))
             share = workers if consistency.kind == "bsp" else 1
             total = sum(gradient(s, w)["b"] for s in range(steps) for w in range(workers)) / share
             assert np.abs(session.pull()["b"] + total).max() <= (1e-3 if share > 1 else 0)
@@ -267,7 +272,7 @@ def test_rows_count_once_whatever_dies_when(
 
         def work(session: hw.Session) -> None:
             table = rows_of(session, rows)
-            session.register(INITIAL, hw.optim.SGD(lr=1.0), averaged=["mean"])
+            register(session, hw.optim.SGD(lr=1.0))
             for step in range(steps):
                 ids, gradients = row_gradients(step, session.index)
                 table.pull(ids)
@@ -295,7 +300,7 @@ def test_a_worker_that_comes_back_before_the_loss_is_known_is_not_taken_for_dead
         rounds = 20
 
         def work(session: hw.Session) -> list[int]:
-            session.register(INITIAL, hw.optim.SGD(lr=1.0), averaged=["mean"])
+            register(session, hw.optim.SGD(lr=1.0))
             accepted = []
             for step in range(rounds):
                 session.push(gradient(step, session.index))
@@ -313,7 +318,7 @@ def test_snapshots_are_taken_where_servers_die_more_often_than_that(
     tmp_path: Path, kind: durability.Durability
 ) -> None:
     with cluster_of(tmp_path, kind) as cluster, cluster.connect() as session:
-        session.register(INITIAL, hw.optim.SGD(lr=1.0), averaged=["mean"])
+        register(session, hw.optim.SGD(lr=1.0))
         first = sorted((tmp_path / "store").glob("snapshot-*/job.json"))
         deadline = time.monotonic() + 20
         restart_s = 0.0

@@ -409,6 +409,62 @@ def test_every_worker_may_load_the_same_state() -> None:
     assert_equal_bits(found[1], found[0])
 
 
+def test_a_state_that_is_handed_back_as_it_was_read_takes_nothing_back() -> None:
+    """A loop that wraps an optimizer may do so, while others train; where anything was changed it is a wish to set it."""
+    with start_job(workers=2, consistency=hw.asp()) as job, job.connect() as one, job.connect() as other:
+        models = make_model(), make_model()
+        optimizers = [
+            hw.torch.Optimizer(m, hw.optim.AdamW(lr=0.01), session=s) for m, s in zip(models, (one, other), strict=True)
+        ]
+        fit(models[0], optimizers[0], make_batches(2))
+        state = optimizers[1].state_dict()
+        fit(models[0], optimizers[0], make_batches(2))
+        wrapped = {
+            "state": {key: dict(value) for key, value in state["state"].items()},
+            "param_groups": state["param_groups"],
+        }
+        optimizers[1].load_state_dict(wrapped)
+        assert set(one.read_optimizer()[1].values()) == {4}
+
+        state = optimizers[1].state_dict()
+        with torch.no_grad():
+            next(models[1].parameters()).zero_()
+        optimizers[1].load_state_dict(state)
+        assert not one.pull()["0.weight"].any()
+        state = optimizers[1].state_dict()
+        state["state"][0]["exp_avg"].zero_()
+        optimizers[1].load_state_dict(state)
+        assert not one.read_optimizer()[0]["exp_avg"]["0.weight"].any()
+        fit(models[1], optimizers[1], make_batches(1))
+        optimizers[1].load_state_dict(state)
+        assert set(one.read_optimizer()[1].values()) == {4}
+
+
+def test_a_server_that_ends_while_a_step_waits_is_what_the_step_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    with start_job(workers=2) as job, job.connect() as one, job.connect() as other:
+        models = make_model(), make_model()
+        optimizer, _ = [
+            hw.torch.Optimizer(m, hw.optim.SGD(lr=0.1), session=s) for m, s in zip(models, (one, other), strict=True)
+        ]
+        backward(models[0], make_batches(1)[0])
+        wait = one.wait
+
+        def wait_for_a_server_that_ends() -> int:
+            job.servers[0].close()
+            return wait()
+
+        monkeypatch.setattr(one, "wait", wait_for_a_server_that_ends)
+        with pytest.raises(errors.PeerLostError):
+            optimizer.step()
+
+
+def test_a_compiled_model_has_the_names_of_the_plain_one(session: hw.Session) -> None:
+    inner: Any = torch.compile(torch.nn.BatchNorm1d(2), backend="eager")
+    model: Any = torch.compile(torch.nn.Sequential(inner, torch.nn.Linear(2, 1)), backend="eager")
+    hw.torch.Optimizer(model, hw.optim.SGD(lr=0.1), session=session)
+    assert list(session.parameters) == ["0.weight", "0.bias", "1.weight", "1.bias", "0.running_mean", "0.running_var"]
+
+
 # Low precision.
 
 

@@ -7,8 +7,8 @@
     session.step({"w": gradient})                             # push, wait, pull
     session.parameters["w"]
 
-With PyTorch there is `hw.torch.Optimizer`. Importing headwater imports no framework: every name here loads its module, and
-NumPy, when it is first used.
+With PyTorch there is `hw.torch.Optimizer`, with JAX `hw.jax.Optimizer`. Importing headwater imports no framework: every name
+here loads its module, and NumPy, when it is first used.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ _HOMES = {
     "hash_ids": "_lookup:hash_ids",
     "optim": "optim",
     "ssp": "_consistency:ssp",
+    "jax": "jax",
     "torch": "torch",
 }
 

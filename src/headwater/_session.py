@@ -176,10 +176,11 @@ class Session:
     ) -> None:
         """Put named arrays under the job's care; the first worker's values are the initial ones, the others adopt them.
 
-        arrays: float32, float64 or float16, any shape; they are copied. optimizer: what the servers do with gradients, as in
-        `headwater.optim`; default SGD(lr=0.01). averaged: names of those that are not trained by gradients, such as running statistics: of
-        them workers push values, and each commit makes them the weighted mean of the values that were pushed in it; one that a worker
-        leaves out has no part in that. Raises LayoutError or SettingError where the job has others.
+        arrays: float32, float64, float16 or bfloat16 (of ml_dtypes; views show its bits), any shape; they are copied. optimizer: what the
+        servers do with gradients, as in `headwater.optim`; default SGD(lr=0.01). averaged: names of those that are not trained by
+        gradients, such as running statistics: of them workers push values, and each commit makes them the weighted mean of the values
+        that were pushed in it; one that a worker leaves out has no part in that. Raises LayoutError or SettingError where the job has
+        others.
         """
         unknown = [name for name in averaged if name not in arrays]
         if unknown:
@@ -190,7 +191,7 @@ class Session:
             TensorSpec(name, array.shape, array.dtype.name, AVERAGED if name in averaged else 0)
             for name, array in arrays.items()
         ]
-        values = {name: a.view("uint16") if a.dtype.name == "bfloat16" else a for name, a in arrays.items()}
+        values = {name: _bits(array) for name, array in arrays.items()}
         self.register_specs(specs, values, optimizer or SGD(lr=0.01))
 
     def register_specs(
@@ -456,23 +457,25 @@ class Session:
         if self._is_pending:
             self.wait()
         self._surviving(dense.pull)
-        if self.moved is not None:
+        if self.moved is not None and self.consistency.kind != "bsp":
             self.moved()
 
     def _copy_in(self, gradients: Mapping[str, np.ndarray]) -> None:
-        views = self.gradients
-        for name, array in gradients.items():
+        layout, _ = self._require_registered()
+        views, bits = self.gradients, {name: _bits(array) for name, array in gradients.items()}
+        for name, array in bits.items():
             view = views.get(name)
             if view is None:
                 raise LayoutError(
                     f"Expected a gradient for a registered name, got {name!r}: registered are {_few(views)}."
                 )
             if array.shape != view.shape or array.dtype != view.dtype:
+                expected, got = layout.specs[layout.index[name]].dtype, gradients[name].dtype
                 raise LayoutError(
-                    f"Expected a gradient of {view.dtype} {view.shape}, got {array.dtype} {array.shape} — tensor {name!r}, "
+                    f"Expected a gradient of {expected} {view.shape}, got {got} {array.shape} — tensor {name!r}, "
                     f"push {self._sequence + 1}."
                 )
-        for name, array in gradients.items():
+        for name, array in bits.items():
             views[name][...] = array
 
     def _rows(self, scalars: Mapping[str, float] | Sequence[Mapping[str, float]] | None) -> list[tuple[float, ...]]:
@@ -484,7 +487,7 @@ class Session:
         if len(changes) != len(self._scalars) or any(name not in names for change in changes for name in change):
             raise SettingError(f"Expected {', '.join(names)} for {len(self._scalars)} parameter groups, got {scalars}.")
         rows = [
-            tuple(change.get(name, old) for name, old in zip(names, row, strict=True))
+            tuple(float(change.get(name, old)) for name, old in zip(names, row, strict=True))
             for change, row in zip(changes, self._scalars, strict=True)
         ]
         for row in rows:  # before they are kept: a later step would be refused for them too
@@ -930,6 +933,11 @@ def _environment_number(name: str, default: int) -> int:
     if not text.isdigit():
         raise SettingError(f"Expected {name} to be a whole number of 0 or more, got {text!r}.")
     return int(text)
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """Return an array as `Layout.views` shapes it."""
+    return array.view("uint16") if array.dtype.name == "bfloat16" else array
 
 
 def _few(names: Mapping[str, Any]) -> str:

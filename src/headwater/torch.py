@@ -9,14 +9,16 @@ copies nothing (with several servers: under BSP).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from headwater import optim
-from headwater._errors import LayoutError, SettingError, UsageError
+from headwater._errors import ClosedError, LayoutError, SettingError, UsageError
 from headwater._layout import AVERAGED, TensorSpec
 from headwater._plan import pack_absent
 from headwater._session import Session, connect_session
@@ -30,6 +32,8 @@ _DTYPES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
+
+_COMPILED = "_orig_mod."  # what torch.compile puts into names
 
 #: torch.optim class → ours. Options that only choose torch's implementation are of no concern to the servers.
 _MAPPED: dict[type[torch.optim.Optimizer], type[optim.Optimizer]] = {
@@ -53,8 +57,8 @@ _IMPLEMENTATION = {
 class Optimizer(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` whose state lives on the job's servers.
 
-    model: a module, or (name, parameter) pairs; names must be the same in every worker. Frozen parameters stay out, tied ones go
-    once; there may be none where the session has tables. optimizer: settings from `headwater.optim`, or the user's own
+    model: a module, compiled or not, or (name, parameter) pairs; names must be the same in every worker. Frozen parameters stay out, tied
+    ones go once; there may be none where the session has tables. optimizer: settings from `headwater.optim`, or the user's own
     `torch.optim` object, whose groups and options are mapped, or refused by name. groups: parameter groups as `torch.optim` takes
     them, for settings from `headwater.optim`. session: default a new one from `headwater.connect()`. where: "server", or
     "worker": the servers only average gradients and the given `torch.optim` object, of any kind, makes the step here.
@@ -83,7 +87,7 @@ class Optimizer(torch.optim.Optimizer):
         if where not in ("server", "worker"):
             raise SettingError(f"Expected where='server' or where='worker', got {where!r}.")
         named = list(model.named_parameters() if isinstance(model, torch.nn.Module) else model)
-        named = [(name, p) for name, p in named if p.requires_grad]
+        named = [(name.replace(_COMPILED, ""), p) for name, p in named if p.requires_grad]
         self._is_open = True  # param groups may still be added
         self.inner = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
         self._on_worker = where == "worker"
@@ -118,6 +122,7 @@ class Optimizer(torch.optim.Optimizer):
         pushed = self._views(self.session.gradients)
         self._gradients, self._values = pushed[: len(self._parameters)], pushed[len(self._parameters) :]
         self._sides: list[list[torch.Tensor]] = []
+        self._versions: list[int] = []  # of the parameters as they were pulled
         self._bind(first=True)
         self.session.moved = self._bind
 
@@ -133,6 +138,7 @@ class Optimizer(torch.optim.Optimizer):
     def _bind(self, *, first: bool = False) -> None:
         """Let the parameters be the session's current side, and the buffers copies of it."""
         side = self._current()
+        self._read: list[tuple[weakref.ref[torch.Tensor], int]] | None = None  # what `state_dict` has returned since
         for buffer, view in zip(self._buffers, side[len(self._parameters) :], strict=True):
             buffer.tensor.copy_(view)
         if not self._on_worker:
@@ -143,6 +149,7 @@ class Optimizer(torch.optim.Optimizer):
         elif first:
             for (_, parameter, _), view in zip(self._parameters, side, strict=False):
                 parameter.data.copy_(view)
+        self._versions = [p._version for _, p, _ in self._parameters]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused once the job knows the parameters."""
@@ -180,7 +187,8 @@ class Optimizer(torch.optim.Optimizer):
         try:
             self.session.wait()
         finally:
-            self._bind()
+            with suppress(ClosedError):  # whatever closed it is what is to be told
+                self._bind()
         if self._on_worker and self.session.accepted:
             self._step_here(absent)
         if self.inner is not None:
@@ -212,14 +220,18 @@ class Optimizer(torch.optim.Optimizer):
 
         A constant is never pushed: the mean of equal values may differ from them in the last bit, and a mask may hold infinity.
         """
-        side = self._current()[len(self._parameters) :]
-        same = [
-            torch.equal(_bits(buffer.tensor), _bits(view)) for buffer, view in zip(self._buffers, side, strict=True)
-        ]
+        same = self._are_same()
         for buffer, view, is_same in zip(self._buffers, self._values, same, strict=True):
             if not is_same:
                 view.copy_(buffer.tensor)
         return same
+
+    def _are_same(self) -> list[bool]:
+        """Return for each buffer whether its bits are those of the last pull."""
+        side = self._current()[len(self._parameters) :]
+        return [
+            torch.equal(_bits(buffer.tensor), _bits(view)) for buffer, view in zip(self._buffers, side, strict=True)
+        ]
 
     def _step_here(self, absent: Sequence[bool]) -> None:
         """where="worker": make the user's own step from the mean gradient."""
@@ -272,23 +284,40 @@ class Optimizer(torch.optim.Optimizer):
                     state[plane] = torch.from_numpy(arrays[name])
             self.state[parameter] = state
         try:
-            return super().state_dict()
+            found = super().state_dict()
         finally:
             self.state.clear()
+        self._read = [(weakref.ref(tensor), tensor._version) for tensor in _tensors(found)]
+        return found
+
+    def _is_as_read(self, state_dict: Mapping[str, Any]) -> bool:
+        """Whether these are the tensors that were read last, and nobody has written into them, parameters or buffers."""
+        tensors, read = _tensors(state_dict), self._read
+        return (
+            read is not None
+            and len(read) == len(tensors)
+            and all(ref() is t and t._version == version for t, (ref, version) in zip(tensors, read, strict=True))
+            and self._versions == [p._version for _, p, _ in self._parameters]
+            and all(self._are_same())
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take state and groups as `state_dict` returned them, here or from the mapped torch optimizer, to the servers.
 
-        The parameters' present values go along, so load the model's first. Every worker may do it, all with the same values.
+        The parameters' present values go along, so load the model's first. Every worker may do it, all with the same values. Where all is
+        as it was read and pulled nothing is written: some loops hand an optimizer its own state, while others have trained on.
         """
         if self.inner is not None and self._on_worker:
             self.inner.load_state_dict(state_dict)
             self.param_groups = self.inner.param_groups
             return
+        is_as_read = self._is_as_read(state_dict)
         super().load_state_dict(state_dict)
         if self.inner is not None:
             self.inner.param_groups = self.param_groups  # still the same for its scheduler
         self.state.clear()
+        if is_as_read:
+            return
         order = [p for group in self.param_groups for p in group["params"]]
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         saved = {p: state_dict["state"].get(i, {}) for p, i in zip(order, ids, strict=True)}
@@ -309,6 +338,11 @@ class Optimizer(torch.optim.Optimizer):
                 )
         self.session.write_optimizer(planes, steps)
         self._bind()
+
+
+def _tensors(state_dict: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Return the tensors of an optimizer's state."""
+    return [t for state in state_dict["state"].values() for t in state.values() if isinstance(t, torch.Tensor)]
 
 
 class _Buffer(NamedTuple):
@@ -336,7 +370,8 @@ def _averaged(model: torch.nn.Module) -> list[_Buffer]:
         for key, tensor in module._buffers.items():
             is_kept = key not in module._non_persistent_buffers_set
             if tensor is not None and is_kept and tensor.dtype in _DTYPES and tensor.numel():
-                found.setdefault(tensor, _Buffer(f"{prefix}.{key}" if prefix else key, module, key))
+                name = f"{prefix}.{key}" if prefix else key
+                found.setdefault(tensor, _Buffer(name.replace(_COMPILED, ""), module, key))
     return list(found.values())
 
 
