@@ -226,4 +226,5 @@ def _jax_function(model: keras.Model) -> Callable[..., Any]:
 
     if model.run_eagerly or not model.jit_compile:
         return step
-    return jax.jit(step, donate_argnums=1)
+    # The old gradients are of no use but for their memory, which the new ones take.
+    return jax.jit(step, donate_argnums=1, keep_unused=True)
