@@ -62,7 +62,7 @@ def worker(address: str, workers: int) -> Step:
 
 #: Backend → what keeps a worker to one thread of two, beside OMP_NUM_THREADS.
 ONE_THREAD = {
-    "tensorflow": {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"},
+    "tensorflow": {"TF_NUM_INTRAOP_THREADS": "1"},
     "jax": {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"},
     "torch": {},
 }
@@ -76,7 +76,8 @@ def backends(fleet: Fleet) -> Answer:
         address, _ = start_server(fleet)
         chosen = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
         workers = [
-            fleet.start("bench.keras.worker", address, 2, **chosen, **threads, HEADWATER_WORKER=str(i)) for i in range(2)
+            fleet.start("bench.keras.worker", address, 2, **chosen, **threads, HEADWATER_WORKER=str(i))
+            for i in range(2)
         ]
         one = fleet.start("bench.keras.alone", **chosen, OMP_NUM_THREADS=cores)
         contestants += [Contestant(f"headwater, {backend}", workers), Contestant(f"one process, {backend}", [one])]
@@ -86,7 +87,11 @@ def backends(fleet: Fleet) -> Answer:
     ratio = samples.ratio
     checks = [Check("times TensorFlow's ParameterServerStrategy", ratio("headwater, tensorflow", TENSORFLOW), 3)]
     checks += [
-        Check(f"of one process with both cores, {backend} (samples/s)", ratio(f"headwater, {backend}", f"one process, {backend}"), 0.7)
+        Check(
+            f"of one process with both cores, {backend} (samples/s)",
+            ratio(f"headwater, {backend}", f"one process, {backend}"),
+            0.7,
+        )
         for backend in ONE_THREAD
     ]
     return checks, samples.medians(STEPS)
@@ -111,5 +116,9 @@ def tensorflow_servers(fleet: Fleet) -> Contestant:
 
 
 FIGURES: dict[str, tuple[str, str, Callable[[Fleet], Answer]]] = {
-    "models.2": ("Keras, 25 M parameters, batch 32, 2 workers, against TensorFlow's own servers", "times its steps/s", backends),
+    "models.2": (
+        "Keras, 25 M parameters, batch 32, 2 workers, against TensorFlow's own servers",
+        "times its steps/s",
+        backends,
+    ),
 }

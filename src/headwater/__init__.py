@@ -7,8 +7,8 @@
     session.step({"w": gradient})                             # push, wait, pull
     session.parameters["w"]
 
-With PyTorch there is `hw.torch.Optimizer`, with Keras `hw.keras.ParameterServerStrategy`. Importing headwater imports no framework: every name here loads its module, and
-NumPy, when it is first used.
+With PyTorch there is `hw.torch.Optimizer`, with Keras `hw.keras.ParameterServerStrategy`. Importing headwater imports no
+framework: every name here loads its module, and NumPy, when it is first used.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ variables, the *outbox*, and the push, the wait and the pull come after it, outs
     step := gradients → outbox          compiled: TensorFlow, JAX
             outbox → push → wait → variables
 
-Where nothing is compiled (PyTorch, `run_eagerly`), `Optimizer.apply` pushes at once. Variables take the session's memory as it
+PyTorch compiles nothing: `Optimizer.apply` pushes at once, as it does in a loop of one's own. Variables take the session's memory as it
 lies, as PyTorch parameters do: a pull copies nothing.
 """
 
@@ -48,9 +48,9 @@ if BACKEND == "tensorflow":
             tensor = tf.convert_to_tensor(tensor)
         return _held(np.asarray(tensor.read_value() if isinstance(tensor, tf.Variable) else tensor))
 
-    def to_tensor(array: np.ndarray, dtype: str) -> Any:
-        """Return a tensor of the array's memory."""
-        tensor = tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+    def to_tensor(array: np.ndarray, dtype: str, *, copy: bool = False) -> Any:
+        """Return a tensor of the array's memory, or a copy."""
+        tensor = tf.convert_to_tensor(array) if copy else tf.experimental.dlpack.from_dlpack(array.__dlpack__())
         return tf.bitcast(tensor, dtype) if dtype in _HELD else tensor
 
     def assign(variable: Any, tensor: Any) -> None:
@@ -68,9 +68,9 @@ elif BACKEND == "jax":
         """Return a tensor's numbers as they lie, bfloat16 as uint16."""
         return _held(np.asarray(tensor))
 
-    def to_tensor(array: np.ndarray, dtype: str) -> Any:
-        """Return a tensor of the array's memory."""
-        tensor = jax.dlpack.from_dlpack(array)
+    def to_tensor(array: np.ndarray, dtype: str, *, copy: bool = False) -> Any:
+        """Return a tensor of the array's memory, or a copy."""
+        tensor = jax.numpy.array(array, copy=True) if copy else jax.dlpack.from_dlpack(array)
         return tensor.view(dtype) if dtype in _HELD else tensor
 
     def assign(variable: Any, tensor: Any) -> None:
@@ -90,9 +90,9 @@ elif BACKEND == "torch":
         found: np.ndarray = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
         return found
 
-    def to_tensor(array: np.ndarray, dtype: str) -> Any:
-        """Return a tensor of the array's memory."""
-        tensor = torch.from_numpy(array)
+    def to_tensor(array: np.ndarray, dtype: str, *, copy: bool = False) -> Any:
+        """Return a tensor of the array's memory, or a copy."""
+        tensor = torch.from_numpy(array.copy() if copy else array)
         return tensor.view(torch.bfloat16) if dtype in _HELD else tensor
 
     def assign(variable: Any, tensor: Any) -> None:
@@ -100,7 +100,9 @@ elif BACKEND == "torch":
         variable.value.data = tensor
 
 else:
-    raise SettingError(f"Expected Keras on tensorflow, jax or torch, got {BACKEND}: set KERAS_BACKEND, which is read at import.")
+    raise SettingError(
+        f"Expected Keras on tensorflow, jax or torch, got {BACKEND}: set KERAS_BACKEND, which is read at import."
+    )
 
 
 def _held(array: np.ndarray) -> np.ndarray:
@@ -153,10 +155,10 @@ class Steps:
         if self.is_fresh:
             if not optimizer.built:
                 data = self._build(data)
-            link.begin(optimizer, read, assign, policy=self._policy())
-            self.is_fresh = False
+            self._begin(read, assign)
+        link.bind(assign)
         try:
-            with link.compiled():
+            with link.stepping():
                 logs = self._function(data)
         except _ENDS:
             link.undo(optimizer)
@@ -170,7 +172,9 @@ class Steps:
         held = [list(part) for part in state]
         places = {
             id(variable): (k, i)
-            for k, variables in ((0, model.trainable_variables), (2, model.optimizer.variables))
+            for k, variables in enumerate(
+                (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables)
+            )
             for i, variable in enumerate(variables)
         }
 
@@ -184,9 +188,9 @@ class Steps:
 
         data = next(iterator)
         if self.is_fresh:
-            link.begin(optimizer, read_held, write, policy=self._policy())
-            self.is_fresh = False
-        with link.compiled():
+            self._begin(read_held, write)
+        link.bind(write)
+        with link.stepping():
             logs, held[1:] = self._function(held[0], held[1:], data)
         try:
             link.finish(optimizer, read_held, write)
@@ -209,9 +213,19 @@ class Steps:
             model.optimizer.build(model.trainable_variables)
         return iterator
 
-    def _policy(self) -> str:
-        """Name the dtype policies of the model's layers."""
-        return ", ".join(sorted({layer.dtype_policy.name for layer in self._model._flatten_layers()}))
+    def _begin(self, read: Read, write: Write) -> None:
+        """The first step of a fit."""
+        layers = self._model._flatten_layers()
+        policy = ", ".join(sorted({layer.dtype_policy.name for layer in layers}))
+        averaged = [
+            variable
+            for layer in layers
+            if layer.trainable
+            for variable in layer._non_trainable_variables
+            if keras.backend.is_float_dtype(variable.dtype)
+        ]
+        self._optimizer.link.begin(self._optimizer, read, write, policy=policy, averaged=averaged)
+        self.is_fresh = False
 
 
 _STATE = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")

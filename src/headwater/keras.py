@@ -22,7 +22,7 @@ import numpy as np
 
 from headwater import optim
 from headwater._errors import LayoutError, SettingError, UsageError
-from headwater._layout import TensorSpec
+from headwater._layout import AVERAGED, TensorSpec
 from headwater._plan import pack_absent
 from headwater._session import Session, Start, connect_session
 
@@ -34,9 +34,10 @@ except ImportError as error:
         "tensorflow-cpu, jax or torch."
     ) from error
 
+from headwater._keras_embedding import Embedding
 from headwater._keras_steps import BACKEND, Read, Steps, Write, assign, is_traced, read, to_numpy, to_tensor, uncompiled
 
-__all__ = ["Optimizer", "ParameterServerStrategy"]
+__all__ = ["Embedding", "Optimizer", "ParameterServerStrategy"]
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _KEY = "keras"  # in the job's dictionary: the dtype policy, and the count of iterations with which the job began
@@ -152,15 +153,19 @@ class Optimizer(keras.optimizers.Optimizer):
         """Put variables under the job's care; they take the job's values. `fit` does it by itself."""
         self.build(variables)
         self.link.begin(self, read, assign, policy=keras.config.dtype_policy().name)
+        self.link.bind(assign)
 
     @uncompiled
-    def _backend_update_step(self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any) -> None:
+    def _backend_update_step(
+        self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
+    ) -> None:
+        link = self.link
         gradients = {self._get_variable_index(v): g for v, g in zip(trainable_variables, grads, strict=True)}
-        if any(is_traced(gradient) for gradient in grads):
-            self.link.put(gradients, learning_rate)
+        if BACKEND != "torch" and (link.is_stepping or any(is_traced(gradient) for gradient in grads)):
+            link.put(gradients, learning_rate)
             return
         rate = float(keras.ops.convert_to_numpy(learning_rate))
-        self.link.exchange({i: to_numpy(gradient) for i, gradient in gradients.items()}, rate, assign)
+        link.exchange({i: to_numpy(gradient) for i, gradient in gradients.items()}, rate, read, assign)
 
     def _clip_gradients(self, grads: Any) -> Any:
         """Leave the global norm to the servers, who see the mean of all workers' gradients; other limits are each worker's own."""
@@ -208,25 +213,25 @@ class Link:
         self.mark: Any = None  # int32, by variable: how often its gradient was put there
         self.rate: Any = None  # the learning rate
         self.start: dict[str, list[np.ndarray]] | None = None  # slots, by variable, that the job is to begin with
+        self.is_registered = False
+        self.is_stepping = False  # within Keras's train function
         self._names: dict[int, str] = {}  # by variable; one without elements has none
+        self._averaged: dict[str, Any] = {}  # variables that layers update as they are trained
         self._decays: list[float] = []  # by parameter group
-        self._tensors: list[dict[int, Any]] = []  # by side and variable
+        self._side = -1  # where the variables lie
         self._first = 0  # iterations when the job began
         self._gathered = 1  # iterations that make a step
         self._seen = 0  # iterations after the last one
-        self._is_compiled = self._has_stepped = False
-
-    @property
-    def is_registered(self) -> bool:
-        """Whether the variables are the job's."""
-        return bool(self._decays)
+        self._has_stepped = False
 
     # Registration.
 
     def check(self, model: keras.Model) -> None:
         """Raise LayoutError where a model is not what it was."""
         known = getattr(model, "_compiled_trainable_state", {})
-        changed = [layer.name for layer in model._flatten_layers() if known.get(layer, layer.trainable) != layer.trainable]
+        changed = [
+            layer.name for layer in model._flatten_layers() if known.get(layer, layer.trainable) != layer.trainable
+        ]
         if changed:
             raise LayoutError(
                 f"Expected `trainable` as it was at compile(), got it changed: layer {changed[0]!r}. Compile again before the "
@@ -235,28 +240,38 @@ class Link:
         variables = model.trainable_variables
         if self.is_registered and [id(v) for v in variables] != [id(v) for v in self.variables]:
             odd = next((v.path for v in variables if all(v is not known for known in self.variables)), "one less")
-            raise LayoutError(f"Expected the variables that the job has, got another model: {odd}. Start another job for it.")
+            raise LayoutError(
+                f"Expected the variables that the job has, got another model: {odd}. Start another job for it."
+            )
 
-    def begin(self, optimizer: Optimizer, read: Read, write: Write, *, policy: str) -> None:
-        """Let variables have the job's values; the first time, put them under its care."""
+    def begin(
+        self, optimizer: Optimizer, read: Read, write: Write, *, policy: str, averaged: Sequence[Any] = ()
+    ) -> None:
+        """Before the first step of a fit: put variables under the job's care. averaged: others that training changes."""
         if not self.is_registered:
-            self._register(optimizer, read, policy)
+            self._register(optimizer, read, policy, averaged)
         self._align(optimizer, write, int(read(optimizer._iterations)))
-        self._bind(write)
 
-    def _register(self, optimizer: Optimizer, read: Read, policy: str) -> None:
+    def _register(self, optimizer: Optimizer, read: Read, policy: str, averaged: Sequence[Any]) -> None:
         kept = {i: v for i, v in enumerate(self.variables) if 0 not in tuple(v.shape)}
         decays = [optimizer._use_weight_decay(v) for v in kept.values()]
         groups = sorted(set(decays), reverse=True)
         specs = [_spec(v, groups.index(d)) for v, d in zip(kept.values(), decays, strict=True)]
         self._names = {i: spec.name for i, spec in zip(kept, specs, strict=True)}
+        self._averaged = {v.path: v for v in averaged}
+        specs += [_spec(v, AVERAGED) for v in averaged]
         self._gathered = optimizer.gradient_accumulation_steps or 1
         job = {"policy": policy, "iterations": int(read(optimizer._iterations))}
         known = self.session.registered
         if known is None:
-            slots = {slot: {n: held[i] for i, n in self._names.items()} for slot, held in (self.start or {}).items()}
+            unused = {name: np.zeros(variable.shape, np.float32) for name, variable in self._averaged.items()}
+            slots = {
+                slot: {name: held[i] for i, name in self._names.items()} | unused
+                for slot, held in (self.start or {}).items()
+            }
             steps = (job["iterations"] // self._gathered,) * len(specs)
             values = {name: read(kept[i]) for i, name in self._names.items()}
+            values |= {name: read(variable) for name, variable in self._averaged.items()}
             self.session.register_specs(specs, values, self.settings, start=Start(slots, steps, {_KEY: job}))
         elif known[0] != tuple(specs) or known[1].structure() != self.settings.structure():
             raise LayoutError(
@@ -265,27 +280,31 @@ class Link:
             )
         job = self.session.state.get(_KEY, job)
         if job["policy"] != policy:
-            raise SettingError(f"Expected the dtype policy of the job, {job['policy']}, got {policy}: give all workers the same.")
+            raise SettingError(
+                f"Expected the dtype policy of the job, {job['policy']}, got {policy}: give all workers the same."
+            )
         self._first = job["iterations"]
         decay = getattr(self.settings, "weight_decay", 0.0)
         self._decays = [decay if decays_here else 0.0 for decays_here in groups]
-        self.start = None
+        self.is_registered, self.start = True, None
 
     # A step.
 
     @contextmanager
-    def compiled(self) -> Iterator[None]:
-        """Around Keras's train function: a step that is compiled in here is followed by `finish`."""
-        self._is_compiled = True
+    def stepping(self) -> Iterator[None]:
+        """Around Keras's train function, which `finish` follows."""
+        self.is_stepping = True
         try:
             yield
         finally:
-            self._is_compiled = False
+            self.is_stepping = False
 
     def put(self, gradients: Mapping[int, Any], rate: Any) -> None:
-        """In a step that is being compiled: leave gradients, by variable, for `finish`."""
-        if not self._is_compiled:
-            raise UsageError("Expected fit() or train_on_batch(), or apply() where nothing is compiled, got a step compiled elsewhere.")
+        """In a train function, as it is compiled or without that: leave gradients, by variable, for `finish`."""
+        if not self.is_stepping:
+            raise UsageError(
+                "Expected fit() or train_on_batch(), or apply() where nothing is compiled, got a step compiled elsewhere."
+            )
         for i, gradient in gradients.items():
             self.outbox[i].assign(keras.ops.convert_to_tensor(gradient))
         self.mark.assign(self.mark + np.array([i in gradients for i in range(len(self.variables))], np.int32))
@@ -300,13 +319,11 @@ class Link:
             self._clear(write)
             if mark.max() > 1:
                 raise UsageError("Expected one step of the optimizer in a train_step, got several.")
-            self.exchange({i: read(self.outbox[i]) for i in np.flatnonzero(mark)}, float(read(self.rate)), write)
+            self.exchange({i: read(self.outbox[i]) for i in np.flatnonzero(mark)}, float(read(self.rate)), read, write)
         elif not has_stepped:
             if self._seen != before:  # gradients are still gathered
                 return
-            self.exchange(None, self.settings.lr, write)
-        else:
-            self._bind(write)
+            self.exchange(None, self.settings.lr, read, write)
         self._has_stepped = False
         self._align(optimizer, write, self._seen)
 
@@ -318,23 +335,31 @@ class Link:
         self._clear(assign)
         assign(optimizer._iterations, keras.ops.convert_to_tensor(self._seen, optimizer._iterations.dtype))
 
-    def exchange(self, gradients: Mapping[int, np.ndarray] | None, rate: float, write: Write) -> None:
+    def exchange(self, gradients: Mapping[int, np.ndarray] | None, rate: float, read: Read, write: Write) -> None:
         """Push gradients, by variable, wait, and pull; None: only close the clock. Raises NonFiniteError where it was refused."""
         if not self.is_registered:
             raise UsageError("Expected registered variables, got none: call register() before the first step.")
         self._has_stepped = True
-        absent = b""
-        if gradients is not None:
-            absent = pack_absent([i not in gradients for i in self._names])
-            for i, name in self._names.items():
-                if i in gradients:
-                    np.copyto(self.session.gradients[name], gradients[i])
+        absent = b"" if gradients is None else self._copy_in(gradients, read)
         weight = 0.0 if gradients is None else 1.0
         self.session.push_sealed(weight=weight, scalars=self._scalars(rate), absent=absent, pull=True)
         try:
             self.session.wait()
         finally:
-            self._bind(write)
+            self._side = -1
+            self.bind(write)
+
+    def _copy_in(self, gradients: Mapping[int, np.ndarray], read: Read) -> bytes:
+        """Copy what there is to push into the push buffer; returns the bits of what is missing."""
+        views, held = self.session.gradients, self.session.parameters
+        found = {name: gradients.get(i) for i, name in self._names.items()}
+        for name, variable in self._averaged.items():
+            value = read(variable)
+            found[name] = None if np.array_equal(value, held[name]) else value
+        for name, value in found.items():
+            if value is not None:
+                np.copyto(views[name], value)
+        return pack_absent([value is None for value in found.values()])
 
     def _scalars(self, rate: float) -> list[tuple[float, ...]]:
         """Return what travels with a push, by parameter group."""
@@ -350,17 +375,23 @@ class Link:
         if self._seen != iterations:
             write(optimizer._iterations, keras.ops.convert_to_tensor(self._seen, optimizer._iterations.dtype))
 
-    def _bind(self, write: Write) -> None:
-        """Let variables be the session's memory, on its current side."""
-        for side in self.session.sides[len(self._tensors) :]:  # more come while others join
-            self._tensors.append({i: to_tensor(side[name], self.variables[i].dtype) for i, name in self._names.items()})
-        for i, tensor in self._tensors[self.session.side].items():
-            write(self.variables[i], tensor)
+    def bind(self, write: Write) -> None:
+        """Let variables be the session's memory, on its current side; what is averaged is a copy, since layers write into it."""
+        if self._side == self.session.side:
+            return
+        self._side = self.session.side
+        held = self.session.parameters
+        for i, name in self._names.items():
+            write(self.variables[i], to_tensor(held[name], self.variables[i].dtype))
+        for name, variable in self._averaged.items():
+            write(variable, to_tensor(held[name], variable.dtype, copy=True))
 
     def release(self) -> None:
-        """Give variables memory of their own."""
+        """Give variables memory of their own, until the next step."""
+        self._side = -1
         for i, name in self._names.items():
-            assign(self.variables[i], to_tensor(self.session.parameters[name].copy(), self.variables[i].dtype))
+            tensor = to_tensor(self.session.parameters[name], self.variables[i].dtype, copy=True)
+            assign(self.variables[i], tensor)
 
     def read_slots(self) -> dict[str, list[np.ndarray]]:
         """Fetch the optimizer's state from the servers: slot → an array for each variable."""
@@ -407,7 +438,9 @@ def _settings_of(optimizer: Any) -> optim.AnyOptimizer:
     kind = _kind_of(optimizer)
     if kind not in _KINDS:
         known = ", ".join(k.__name__ for k in _KINDS)
-        raise SettingError(f"Expected one of keras.optimizers' {known}, got {kind.__name__}: the servers have no other.")
+        raise SettingError(
+            f"Expected one of keras.optimizers' {known}, got {kind.__name__}: the servers have no other."
+        )
     decay = optimizer.weight_decay or 0.0
     is_adam = kind in (keras.optimizers.Adam, keras.optimizers.AdamW)
     if decay and not is_adam and (kind is not keras.optimizers.SGD or optimizer.momentum):
@@ -415,7 +448,9 @@ def _settings_of(optimizer: Any) -> optim.AnyOptimizer:
             f"Expected weight_decay with Adam, AdamW, or SGD without momentum, got {decay} with {kind.__name__}: leave it out."
         )
     if optimizer.use_ema:
-        raise SettingError("Expected an optimizer without use_ema, got use_ema=True: the servers keep no average. Leave it out.")
+        raise SettingError(
+            "Expected an optimizer without use_ema, got use_ema=True: the servers keep no average. Leave it out."
+        )
     options: dict[str, Any] = {
         "lr": float(keras.ops.convert_to_numpy(optimizer.learning_rate)),
         "clip_norm": optimizer.global_clipnorm or None,
@@ -428,7 +463,12 @@ def _settings_of(optimizer: Any) -> optim.AnyOptimizer:
         betas = (optimizer.beta_1, optimizer.beta_2)
         made = optim.AdamW if decay else optim.Adam
         return made(
-            betas=betas, eps=optimizer.epsilon, amsgrad=optimizer.amsgrad, weight_decay=decay, keras_form=True, **options
+            betas=betas,
+            eps=optimizer.epsilon,
+            amsgrad=optimizer.amsgrad,
+            weight_decay=decay,
+            keras_form=True,
+            **options,
         )
     options |= {"momentum": optimizer.momentum, "keras_form": True}
     if kind is keras.optimizers.RMSprop:

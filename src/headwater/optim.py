@@ -1,8 +1,9 @@
 """Optimizer settings as values. The arithmetic itself is in the kernels; nothing here touches an array.
 
-Names, defaults and formulas are those of `torch.optim`; with `keras_form` the formulas are Keras's. Some settings shape the state (which slots there are) or the
-kernel, and stay as registered; the others are *scalars*, travel with every push and may change by the step. `row` turns
-the scalars into what the kernel takes, in float64 and in one place, so that every server computes with the same numbers.
+Names, defaults and formulas are those of `torch.optim`; with `keras_form` the formulas are Keras's. Some settings shape the state
+(which slots there are) or the kernel, and stay as registered; the others are *scalars*, travel with every push and may change by the
+step. `row` turns the scalars into what the kernel takes, in float64 and in one place, so that every server computes with the same
+numbers.
 """
 
 from __future__ import annotations
@@ -287,7 +288,9 @@ class Adam(_Descent, frozen=True, kw_only=True):
     eps: float = 1e-8
     weight_decay: float = 0.0
     amsgrad: bool = False
-    keras_form: bool = False  # eps is the "epsilon hat" of Kingma and Ba, section 2 at the end: added before the correction
+    keras_form: bool = (
+        False  # eps is the "epsilon hat" of Kingma and Ba, section 2 at the end: added before the correction
+    )
 
     def __post_init__(self) -> None:
         try:
