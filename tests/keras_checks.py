@@ -490,6 +490,8 @@ def portions_and_leases_feed_a_model() -> None:
         session = strategy.session
         model = compile_on(strategy, make_model())
         fit(model, (np.asarray(session.shard(x)), np.asarray(session.shard(y))))
+        for part, whole in zip(strategy.shard(x, y), (x, y), strict=True):
+            np.testing.assert_array_equal(part, whole)
         for batch in session.shard(list(zip(x, y, strict=True)), epochs=2, batch_size=8):
             model.train_on_batch(*map(np.stack, zip(*batch, strict=True)))
         assert session.clock == 6 + 10
@@ -498,7 +500,7 @@ def portions_and_leases_feed_a_model() -> None:
         job.connect() as session,
         pytest.raises(errors.SettingError, match="at least one item"),
     ):
-        session.shard(x[:1])
+        hw.keras.ParameterServerStrategy(session=session).shard(x[:1])
 
 
 @check

@@ -86,6 +86,16 @@ class ParameterServerStrategy:
         finally:
             owner.compile = original
 
+    def shard(self, *arrays: Any) -> tuple[Any, ...]:
+        """Return this worker's part of each: items index, index + workers, …
+
+        arrays: with `len()` and slices. Raises SettingError where one has fewer items than there are workers. A `tf.data.Dataset` has
+        a `shard` of its own.
+        """
+        for array in arrays:
+            self.session.shard(array)  # which checks it
+        return tuple(array[self.session.index :: self.session.workers] for array in arrays)
+
     def get_config(self) -> dict[str, Any]:
         """Return the job's settings, as this worker sees them."""
         session = self.session
