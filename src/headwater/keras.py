@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import numpy as np
@@ -422,11 +422,10 @@ class Link:
         }
 
 
+@cache
 def _hook_models() -> None:
     """Let every model look, as it makes its train function, whether its optimizer is one of ours. Inert for all others."""
     original = keras.Model.make_train_function
-    if hasattr(original, "__wrapped__"):
-        return
 
     @wraps(original)
     def make_train_function(model: keras.Model, force: bool = False) -> None:
