@@ -36,6 +36,7 @@ OPTIMIZERS = (
     optim.Adagrad(lr=0.1, lr_decay=0.1),
     optim.RMSprop(lr=0.01, alpha=0.9),
     optim.RMSprop(lr=0.01, alpha=0.3, momentum=0.9, centered=True),
+    optim.RMSprop(lr=0.01, alpha=0.3, momentum=0.9, keras_form=True),
     optim.Adam(lr=0.01),
     optim.AdamW(lr=0.01, betas=(0.0, 0.9), amsgrad=True),
     optim.Mean(),
