@@ -17,7 +17,8 @@ from bench.harness import BenchError, Fleet
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 FIGURES = core.FIGURES | tables.FIGURES | durability.FIGURES
-README = Path(__file__).resolve().parent.parent / "README.md"
+HOME = Path(__file__).resolve().parent.parent
+README = HOME / "README.md"
 
 
 def measure(name: str, machine: str) -> report.Result:
@@ -46,6 +47,7 @@ def main(names: list[str]) -> int:
         print(f"Expected figures among {', '.join(FIGURES)}, got {', '.join(unknown)}.", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.path.append(str(HOME / "examples"))  # inherited as what follows
     os.environ.update(ENVIRONMENT, HEADWATER_TOKEN=secrets.token_hex(16))  # inherited by every process of the run
     machine = report.machine()
     try:

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from gpt import BATCH, CONTEXT, GPT, loss_of
+from text import VOCABULARY
 from torch.nn.parallel import DistributedDataParallel
 
 import headwater as hw
 from bench.harness import Step
 from bench.ours import connect
-from examples.gpt import BATCH, CONTEXT, GPT, VOCABULARY, loss_of
 
 SETTINGS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
 

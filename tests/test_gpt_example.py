@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gpt import BATCH, CONTEXT, GPT, loss_of, main, rotate, sample
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from schedule import WARM_UP, Run
+from text import Tokenizer
 
 import headwater as hw
-from examples.gpt import BATCH, CONTEXT, GPT, WARM_UP, Run, Tokenizer, loss_of, main, rotate, sample
 
 TEXT = "The quick brown fox jumps over the lazy dog; the dog sleeps. " * 200
 TOKENIZER = Tokenizer.learn(TEXT, size=352)
