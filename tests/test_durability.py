@@ -25,6 +25,7 @@ SIZE = 40_000  # so that two servers have a part each
 INITIAL: dict[str, npt.NDArray[np.float32]] = {
     "w": np.linspace(-1, 1, SIZE, dtype=np.float32),
     "b": np.zeros(5, np.float32),
+    "mean": np.zeros(SIZE, np.float32),
 }
 T = TypeVar("T")
 
@@ -163,7 +164,7 @@ def gradient(step: int, worker: int = 0) -> dict[str, npt.NDArray[np.float32]]:
 
 def undisturbed(steps: int, optimizer: hw.optim.AnyOptimizer) -> dict[str, npt.NDArray[Any]]:
     with hw.connect() as session:
-        session.register(INITIAL, optimizer)
+        session.register(INITIAL, optimizer, averaged=["mean"])
         for step in range(steps):
             session.step(gradient(step))
         return read_all(session)
@@ -177,7 +178,7 @@ def test_under_snapshot_a_job_goes_back_and_says_how_far(tmp_path: Path, servers
         cluster_of(tmp_path, durability.snapshot(0), servers=servers, transport=transport) as cluster,
         cluster.connect() as session,
     ):
-        session.register(INITIAL, optimizer)
+        session.register(INITIAL, optimizer, averaged=["mean"])
         for step in range(5):
             session.step(gradient(step))
         cluster.snapshot()
@@ -203,7 +204,7 @@ def test_nothing_is_lost(
         cluster_of(tmp_path, kind, servers=servers, transport=transport) as cluster,
         cluster.connect() as session,
     ):
-        session.register(INITIAL, optimizer)
+        session.register(INITIAL, optimizer, averaged=["mean"])
         for step in range(9):
             if step == 3:
                 cluster.snapshot()
@@ -225,14 +226,14 @@ def test_each_push_counts_once_whatever_dies_when(
     with cluster_of(tmp_path, kind, servers=servers, workers=workers, consistency=consistency) as cluster:
 
         def work(session: hw.Session) -> None:
-            session.register(INITIAL, hw.optim.SGD(lr=1.0))
+            session.register(INITIAL, hw.optim.SGD(lr=1.0), averaged=["mean"])
             for step in range(steps):
                 session.step(gradient(step, session.index))
 
         with cluster.harassed(0, lambda rng: cluster.restart(int(rng.integers(servers)))):
             cluster.run(work)
         with cluster.connect() as session:
-            session.register(INITIAL, hw.optim.SGD(lr=1.0))
+            session.register(INITIAL, hw.optim.SGD(lr=1.0), averaged=["mean"])
             share = workers if consistency.kind == "bsp" else 1
             total = sum(gradient(s, w)["b"] for s in range(steps) for w in range(workers)) / share
             assert np.abs(session.pull()["b"] + total).max() <= (1e-3 if share > 1 else 0)
@@ -266,7 +267,7 @@ def test_rows_count_once_whatever_dies_when(
 
         def work(session: hw.Session) -> None:
             table = rows_of(session, rows)
-            session.register(INITIAL, hw.optim.SGD(lr=1.0))
+            session.register(INITIAL, hw.optim.SGD(lr=1.0), averaged=["mean"])
             for step in range(steps):
                 ids, gradients = row_gradients(step, session.index)
                 table.pull(ids)
@@ -294,7 +295,7 @@ def test_a_worker_that_comes_back_before_the_loss_is_known_is_not_taken_for_dead
         rounds = 20
 
         def work(session: hw.Session) -> list[int]:
-            session.register(INITIAL, hw.optim.SGD(lr=1.0))
+            session.register(INITIAL, hw.optim.SGD(lr=1.0), averaged=["mean"])
             accepted = []
             for step in range(rounds):
                 session.push(gradient(step, session.index))
@@ -312,7 +313,7 @@ def test_snapshots_are_taken_where_servers_die_more_often_than_that(
     tmp_path: Path, kind: durability.Durability
 ) -> None:
     with cluster_of(tmp_path, kind) as cluster, cluster.connect() as session:
-        session.register(INITIAL, hw.optim.SGD(lr=1.0))
+        session.register(INITIAL, hw.optim.SGD(lr=1.0), averaged=["mean"])
         first = sorted((tmp_path / "store").glob("snapshot-*/job.json"))
         deadline = time.monotonic() + 20
         restart_s = 0.0

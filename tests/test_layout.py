@@ -15,6 +15,7 @@ from headwater import _kernels
 from headwater._errors import LayoutError
 from headwater._layout import (
     ALIGN_BYTES,
+    AVERAGED,
     BLOCK,
     DTYPES,
     PAGE_BYTES,
@@ -40,9 +41,9 @@ shapes = (
 
 @st.composite
 def layouts(draw: st.DrawFn) -> Layout:
-    """Draw up to 8 tensors of mixed dtypes and sizes."""
-    tensors = draw(st.lists(st.tuples(shapes, dtypes), min_size=1, max_size=8))
-    return Layout([TensorSpec(f"t{i}", shape, dtype) for i, (shape, dtype) in enumerate(tensors)])
+    """Draw up to 8 tensors of mixed dtypes and sizes, trained or averaged."""
+    tensors = draw(st.lists(st.tuples(shapes, dtypes, st.sampled_from([0, 0, AVERAGED])), min_size=1, max_size=8))
+    return Layout([TensorSpec(f"t{i}", *tensor) for i, tensor in enumerate(tensors)])
 
 
 counts = st.integers(1, 6)
@@ -78,18 +79,19 @@ def test_tensors_are_aligned_and_do_not_overlap(layout: Layout) -> None:
 
 
 @given(layouts())
-def test_lanes_start_on_pages_and_hold_one_dtype_each(layout: Layout) -> None:
-    assert [lane.dtype for lane in layout.lanes] == list(dict.fromkeys(spec.dtype for spec in layout.specs))
+def test_lanes_start_on_pages_and_hold_one_dtype_each_trained_or_averaged(layout: Layout) -> None:
+    kinds = [(spec.dtype, spec.is_averaged) for spec in layout.specs]
+    assert [(lane.dtype, lane.is_averaged) for lane in layout.lanes] == list(dict.fromkeys(kinds))
     for lane in layout.lanes:
         assert lane.start_byte % PAGE_BYTES == 0
-        assert [layout.specs[t].dtype for t in lane.tensors] == [lane.dtype] * len(lane.tensors)
+        assert {kinds[t] for t in lane.tensors} == {(lane.dtype, lane.is_averaged)}
         assert sorted(lane.tensors) == list(lane.tensors)
 
 
 @given(layouts(), counts)
 def test_parts_tile_the_arena(layout: Layout, count: int) -> None:
     """Every element belongs to one server; seams lie on pages, so that shared memory can be mapped side by side."""
-    elements = {lane.dtype: 0 for lane in layout.lanes}
+    elements = dict.fromkeys(layout.lanes, 0)
     at = 0
     for part in [layout.part(i, count) for i in range(count)]:
         if not part.slices:
@@ -98,13 +100,13 @@ def test_parts_tile_the_arena(layout: Layout, count: int) -> None:
         assert part.start_byte == round_up(at, PAGE_BYTES)
         at = part.start_byte + part.wire_bytes
         for s in part.slices:
-            assert s.start == elements[s.lane.dtype]
+            assert s.start == elements[s.lane]
             assert s.start % BLOCK == 0
             assert s.byte + part.start_byte == s.lane.start_byte + s.start * s.lane.item_bytes
-            elements[s.lane.dtype] = s.stop
+            elements[s.lane] = s.stop
         assert part.slices[-1].byte + part.slices[-1].wire_bytes == part.wire_bytes
     assert at == layout.wire_bytes
-    assert elements == {lane.dtype: lane.elements for lane in layout.lanes}
+    assert elements == {lane: lane.elements for lane in layout.lanes}
 
 
 @given(layouts(), counts)
@@ -165,6 +167,10 @@ def test_planes_come_back_from_their_parts(layout: Layout, count: int) -> None:
     assert_same(layout.master_views(found), arrays)
 
 
+def test_averaged_tensors_are_in_no_parameter_group() -> None:
+    assert Layout([TensorSpec("a", (1,), "float32", AVERAGED)]).groups == 0
+
+
 def test_more_servers_than_blocks_leave_some_with_nothing() -> None:
     layout = Layout([TensorSpec("a", (10,), "float32")])
     assert [layout.part(i, 3).wire_bytes for i in range(3)] == [0, 0, 64]
@@ -194,6 +200,10 @@ A, B = TensorSpec("a", (2, 3), "float32"), TensorSpec("b", (4,), "float64", 1)
         ([TensorSpec("a", (3, 2), "float32"), B], "tensor 'a': expected float32 (2, 3) in group 0, got float32 (3, 2) in group 0"),
         ([TensorSpec("a", (2, 3), "float16"), B], "tensor 'a': expected float32 (2, 3) in group 0, got float16 (2, 3) in group 0"),
         ([A, TensorSpec("b", (4,), "float64", 0)], "tensor 'b': expected float64 (4,) in group 1, got float64 (4,) in group 0"),
+        (
+            [A, TensorSpec("b", (4,), "float64", AVERAGED)],
+            "tensor 'b': expected float64 (4,) in group 1, got float64 (4,) that is averaged",
+        ),
     ],
 )  # fmt: skip
 def test_difference_says_what_differs_first(theirs: list[TensorSpec], sentence: str) -> None:
@@ -208,7 +218,7 @@ def test_difference_says_what_differs_first(theirs: list[TensorSpec], sentence: 
         ([TensorSpec("a", (2, 0), "float32")], r"with elements, got shape \(2, 0\) — tensor 'a': leave it out"),
         ([TensorSpec("a", (-2, -3), "float32")], r"with elements, got shape \(-2, -3\)"),
         ([TensorSpec("a", (2,), "float32", 1)], "a parameter group from 0 to 0, got 1 — tensor 'a'"),
-        ([TensorSpec("a", (2,), "float32", -1)], "a parameter group from 0 to 0, got -1"),
+        ([TensorSpec("a", (2,), "float32", -2)], "a parameter group from 0 to 0, got -2"),
         ([TensorSpec("a", (1 << 38, 2), "float32")], "at most 1099511627776 bytes of parameters, got 2199023255552"),
     ],
 )

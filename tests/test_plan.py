@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from headwater import optim
 from headwater._consistency import PushEntry
+from headwater._layout import AVERAGED
 from headwater._messages import CommitSpec
 from headwater._plan import Plan, pack_absent, scaled
 
@@ -34,6 +35,8 @@ def read(spec: CommitSpec) -> list[Entry | None]:
 
 
 def row(group: int, step: int) -> tuple[float, ...]:
+    if group == AVERAGED:
+        return ()
     return tuple(ADAM.row(dict(zip(ADAM.scalars(), SCALARS[group], strict=True)), step))
 
 
@@ -62,7 +65,7 @@ def commits(draw: st.DrawFn, tensors: int) -> tuple[list[list[bool]], list[float
 @given(st.data())
 def test_every_tensor_gets_its_share_at_its_own_step(data: st.DataObject) -> None:
     """The model: a dictionary from tensor to steps made. A commit that does not go through leaves no trace."""
-    groups = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=10))
+    groups = data.draw(st.lists(st.sampled_from([0, 1, 2, AVERAGED]), min_size=1, max_size=10))
     made = data.draw(
         st.lists(st.integers(0, 5), min_size=len(groups), max_size=len(groups)) | st.just([0] * len(groups))
     )
@@ -77,7 +80,8 @@ def test_every_tensor_gets_its_share_at_its_own_step(data: st.DataObject) -> Non
         for tensor, group in enumerate(groups):
             here = [pattern[tensor] for pattern in present]
             if any(here):
-                mean = tuple(w / sum(shares) if h else 0.0 for w, h in zip(shares, here, strict=True))
+                total = sum(w for w, h in zip(shares, here, strict=True) if h or group != AVERAGED)
+                mean = tuple(w / total if h else 0.0 for w, h in zip(shares, here, strict=True))
                 assert found[tensor] == Entry(mean, row(group, steps[tensor] + 1))
             else:
                 assert found[tensor] is None
@@ -103,6 +107,12 @@ def test_mean_counts_a_missing_gradient_as_zero() -> None:
     assert second is not None
     assert first.shares == (0.5, 0.5)
     assert second.shares == (0.5, 0.0)
+
+
+def test_neither_sign_nor_scale_go_into_the_shares_of_a_mean_of_values() -> None:
+    plan = Plan.start([0, AVERAGED])
+    spec, _ = plan.next(optim.Adam(maximize=True), entries([[True, True], [True, False]], [1.0, 3.0]))
+    assert [entry and entry.shares for entry in read(scaled(spec, 0.5))] == [(-0.125, -0.375), (1.0, 0.0)]
 
 
 def test_untouched_tensor_keeps_its_step() -> None:

@@ -42,7 +42,9 @@ INITIAL: dict[str, np.ndarray] = {
     "w": np.zeros(SLOTS, np.float32),
     "v": np.zeros(SLOTS, np.float64),
     "h": np.zeros(SLOTS, np.float16),
+    "mean": np.zeros(SLOTS, np.float32),
 }
+AVERAGED = ("mean",)
 LIMIT_S, LIMIT_STEPS = 900.0, 150_000
 
 
@@ -216,7 +218,7 @@ class Job:
                 tables[kind] = session.table(
                     kind, 2, optimizer=hw.optim.SGD(lr=1.0), initial=hw.Constant(0.0), consistency=wish
                 )
-            session.register(INITIAL, self.optimizer)
+            session.register(INITIAL, self.optimizer, averaged=AVERAGED)
             while self.left[i]:
                 self.one_step(session, identity, tables)
                 self.left[i] -= 1
@@ -257,6 +259,7 @@ class Job:
         gradients = {name: np.zeros_like(array) for name, array in INITIAL.items()}
         for array in gradients.values():
             array[push.slot] = np.nan if kind == "nan" else 1.0
+        gradients["mean"] += push.slot
         try:
             commit = session.step(gradients, weight=0.0 if kind == "empty" else 1.0)
         except NonFiniteError:
@@ -475,9 +478,10 @@ def state_of(shard: Shard, *, with_all_rows: bool = False) -> dict[Any, Any]:
     if shard.layout is not None:
         for i, s in enumerate(shard.part.slices):
             planes = shard._planes(i, s)
+            lane = f"{s.lane.dtype} averaged" if s.lane.is_averaged else s.lane.dtype
             for name in ("master", *shard.optimizer.slots):
-                found[name, s.lane.dtype] = planes[name].copy()
-            found["wire", s.lane.dtype] = shard._wire(shard.side, s).view(s.lane.dtype).copy()
+                found[name, lane] = planes[name].copy()
+            found["wire", lane] = shard._wire(shard.side, s).view(s.lane.dtype).copy()
     for number, rows in shard.tables.tables.items():
         if with_all_rows or rows.spec.is_staged:
             ids, values, _, _, _ = rows.kernel.export(0, 1 << 16)

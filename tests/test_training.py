@@ -20,14 +20,17 @@ from headwater._dense import Shard
 from headwater._layout import BLOCK
 from headwater._messages import AnyMessage
 
-#: Every wire dtype that NumPy has, a scalar, odd sizes, tensors over several blocks: 12 blocks for up to 5 servers.
+#: Every wire dtype that NumPy has, a scalar, odd sizes, tensors over several blocks: 16 blocks for up to 5 servers.
 SHAPES = {
     "weight": ("float32", (300, 130)),
     "bias": ("float32", (7,)),
     "double": ("float64", (40_000,)),
     "half": ("float16", (90_001,)),
     "scale": ("float32", ()),
+    "statistics": ("float32", (40_000,)),
+    "half statistics": ("float16", (100,)),
 }
+AVERAGED = ("statistics", "half statistics")
 OPTIMIZERS: dict[str, hw.optim.AnyOptimizer] = {
     "momentum": hw.optim.SGD(lr=0.1, momentum=0.9, weight_decay=0.01),
     "adam": hw.optim.AdamW(lr=0.01),
@@ -43,13 +46,13 @@ def make_arrays(*seed: int) -> Arrays:
 
 def train(session: hw.Session, kind: str) -> Arrays:
     """Make steps whose gradients, weights, rates and gaps follow from worker and step; return the whole state."""
-    session.register(make_arrays(0), OPTIMIZERS[kind])
+    session.register(make_arrays(0), OPTIMIZERS[kind], averaged=AVERAGED)
     for step in range(5):
         gradients = make_arrays(1, session.index, step)
         if step in {2, 4}:
             del gradients["double"]  # nobody has it
         if step in {1, 4} and session.index == 0:
-            del gradients["bias"]
+            del gradients["bias"], gradients["statistics"]
         session.step(gradients, weight=1.0 + session.index, scalars={"lr": 0.1 / (step + 1)})
     return read_all(session) | {name: array.copy() for name, array in session.parameters.items()}
 
@@ -152,6 +155,60 @@ def test_a_gradient_that_one_worker_lacks_counts_as_zero_and_one_that_all_lack_l
             assert {name: value[0] for name, value in parameters.items()} == {"all": -1.0, "one": 0.0, "none": 1.0}
             assert not state["momentum_buffer/none"].any()
             assert state["steps"].tolist() == [1, 1, 0]
+
+
+def averaged_pair(session: hw.Session, optimizer: hw.optim.AnyOptimizer) -> None:
+    session.register({"w": np.zeros(4, np.float32), "mean": np.ones(4, np.float32)}, optimizer, averaged=["mean"])
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_an_averaged_tensor_is_the_weighted_mean_of_the_values_that_were_pushed(servers: int) -> None:
+    """Whoever leaves it out has no part in the mean; where all do it stays. No rate, decay, momentum, sign or clipping changes it."""
+    optimizer = hw.optim.SGD(lr=0.5, momentum=0.9, weight_decay=0.1, maximize=True, clip_norm=1e-3)
+    values = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
+
+    def body(session: hw.Session) -> list[Arrays]:
+        averaged_pair(session, optimizer)
+        found = []
+        gradient = {"w": np.full(4, 1.0 + session.index, np.float32)}
+        mine = gradient | {"mean": 1000 * values[session.index]}
+        for pushed in (mine, mine if session.index else gradient, gradient):
+            session.step(pushed, weight=1.0 + 2 * session.index)
+            found.append({name: array.copy() for name, array in session.parameters.items()})
+        return found
+
+    def without(session: hw.Session) -> list[Arrays]:
+        session.register({"w": np.zeros(4, np.float32)}, optimizer)
+        found = []
+        for _ in range(3):
+            session.step({"w": np.full(4, 1.0 + session.index, np.float32)}, weight=1.0 + 2 * session.index)
+            found.append({"w": session.parameters["w"].copy()})
+        return found
+
+    with start_job(workers=2, servers=servers) as job:
+        found, other = job.run(body)
+    with start_job(workers=2) as job:
+        alone = job.run(without)[0]
+    thousands = 1000 * values
+    mean = np.float32(0.25) * thousands[0] + np.float32(0.75) * thousands[1]
+    for ours, theirs, trained, expected in zip(found, other, alone, (mean, thousands[1], thousands[1]), strict=True):
+        assert_equal_bits(ours, theirs)
+        assert_equal_bits(ours, trained | {"mean": expected})
+
+
+def test_without_a_barrier_an_averaged_tensor_is_what_was_pushed_last() -> None:
+    with start_job(workers=2, consistency=hw.asp()) as job, job.connect() as one, job.connect() as other:
+        for session in (one, other):
+            averaged_pair(session, hw.optim.SGD(lr=1.0))
+        one.step({"w": np.zeros(4, np.float32), "mean": np.full(4, 3.0, np.float32)})
+        other.step({"mean": np.full(4, 5.0, np.float32)}, weight=2.0)
+        assert one.pull()["mean"].tolist() == [5.0] * 4
+        with pytest.raises(
+            hw.errors.NonFiniteError, match=r"finite values, got NaN or infinity in 'mean' .* at element 2 — worker 1"
+        ):
+            other.step({"w": np.ones(4, np.float32), "mean": np.array([1, 1, np.nan, 1], np.float32)})
+        assert one.pull()["mean"].tolist() == [5.0] * 4
+        assert one.pull()["w"].tolist() == [0.0] * 4
 
 
 def test_a_tensor_that_gets_its_first_gradient_late_begins_at_its_own_first_step() -> None:
@@ -448,7 +505,7 @@ def train_from(session: hw.Session, steps: range, path: Path | None = None) -> A
     """Train over these steps; load the job from `path` first where one is given."""
     if path is not None:
         session.load(path)
-    session.register(make_arrays(0), OPTIMIZERS["clipped"])
+    session.register(make_arrays(0), OPTIMIZERS["clipped"], averaged=AVERAGED)
     assert session.clock == steps.start
     for step in steps:
         gradients = make_arrays(1, session.index, step)

@@ -927,8 +927,9 @@ class Coordinator:
                 f"Expected push {entry.sequence} to lie whole on every server before its seal, got none."
             )
         spec = self._layout.specs[tensor]
+        kind = "values" if spec.is_averaged else "gradients"
         return NonFiniteError(
-            f"Expected finite gradients, got NaN or infinity in {spec.name!r} {spec.shape} at element {element} — "
+            f"Expected finite {kind}, got NaN or infinity in {spec.name!r} {spec.shape} at element {element} — "
             f"{self._workers[entry.worker]}, push {entry.sequence}. The push counts nowhere and the clock is closed; "
             "lower the learning rate, clip, or skip the step."
         )

@@ -154,6 +154,7 @@ class Shard:
         self.consistency: Consistency = request.consistency
         self._wires = [SharedBuffer(self.part.wire_bytes, "parameters") for _ in range(2)]
         self._hidden = [[self._new_planes(s) for s in self.part.slices] for _ in range(2)]
+        self._scalars = len(request.optimizer.row(request.optimizer.scalars(), 1))
         self._reads_in_place = request.count == 1 or self.consistency.kind == "bsp"
         self._runs.clear()
         return Done()
@@ -174,9 +175,10 @@ class Shard:
         sums = []
         for i, s in enumerate(self.part.slices):
             commits = [self._kernel_commit(spec, i, s) for spec in request.commits]
-            if request.norms:
+            is_measured = request.norms and not s.lane.is_averaged
+            if is_measured:
                 sums.append(np.empty(_blocks_before(s, s.byte + s.wire_bytes)))
-            bad = self._apply(i, commits, sums=sums[-1] if request.norms else None)
+            bad = self._apply(i, commits, sums=sums[-1] if is_measured else None)
             if bad is not None:
                 return Prepared(self._locate(bad, s))
         self._prepared = True
@@ -194,15 +196,21 @@ class Shard:
         source = self._kernel_planes(i, s, self.side, self._half)
         target = self._kernel_planes(i, s, self._target, self._free_half())
         return _kernels.apply(
-            self.optimizer.kind, self.optimizer.flags, s.lane.dtype, source, target, commits,
+            *self._step(s), s.lane.dtype, source, target, commits,
             threads=self.threads, level=self.level, blocks=blocks, sums=sums,
         )  # fmt: skip
+
+    def _step(self, s: Slice) -> tuple[str, int]:
+        """Return the kernel's name and flags of the step that a slice's tensors make."""
+        return ("mean", 0) if s.lane.is_averaged else (self.optimizer.kind, self.optimizer.flags)
 
     def _norms(self, request: Norms) -> Normed:
         if self._missing_push(request.commit) is not None:
             return Normed(b"")  # Prepare says so
         sums = []
         for i, s in enumerate(self.part.slices):
+            if s.lane.is_averaged:
+                continue
             table, _, contributions, coefficients = self._kernel_commit(request.commit, i, s)
             sums.append(
                 _kernels.square_sums(
@@ -309,10 +317,10 @@ class Shard:
                     for k, (cells, rows) in enumerate(specs):
                         table = runs(s, np.frombuffer(cells, np.int32))
                         gradient = blobs[k * len(slices) + i]
-                        commits.append((table, np.array(rows, ndmin=2), [gradient], np.ones((len(table), 1))))
+                        commits.append((table, self._rows(rows, s), [gradient], np.ones((len(table), 1))))
                     first = 1 if s.lane.dtype != s.lane.master else 0
                     _kernels.apply(
-                        self.optimizer.kind, self.optimizer.flags, s.lane.master,
+                        *self._step(s), s.lane.master,
                         self._kernel_planes(i, s, self.side, self._half)[first:],
                         self._kernel_planes(i, s, self._target, half)[first:],
                         commits, threads=self.threads, level=self.level, check=False,
@@ -346,7 +354,9 @@ class Shard:
         names = (*(("master",) if s.lane.dtype != s.lane.master else ()), *self.optimizer.slots)
         planes = {name: zeroed(size).view(s.lane.master) for name in names}
         for slot in self.optimizer.slots:
-            if self.optimizer.initial(slot) != 0.0:  # else no page is touched before it is used
+            if (
+                self.optimizer.initial(slot) != 0.0 and not s.lane.is_averaged
+            ):  # else no page is touched before it is used
                 planes[slot][:] = self.optimizer.initial(slot)
         return planes
 
@@ -362,8 +372,9 @@ class Shard:
 
     def _kernel_planes(self, i: int, s: Slice, side: int, half: int) -> list[np.ndarray]:
         """In the kernel's order: the parameters, the master copy where it is another, the slots."""
-        wire = self._wire(side, s)
-        return [wire if s.lane.dtype != s.lane.master else wire.view(s.lane.master), *self._hidden[half][i].values()]
+        wire, hidden = self._wire(side, s), self._hidden[half][i]
+        names = [name for name in hidden if name == "master" or not s.lane.is_averaged]
+        return [wire if s.lane.dtype != s.lane.master else wire.view(s.lane.master), *(hidden[name] for name in names)]
 
     def _missing_push(self, spec: CommitSpec) -> int | None:
         """Return which of the commit's pushes does not lie here, although it was sealed; None: all do."""
@@ -383,7 +394,12 @@ class Shard:
             table = self._runs[key] = runs(s, np.frombuffer(spec.cells, np.int32))
         shares = np.frombuffer(spec.coefficients).reshape(-1, len(spec.pushes))
         contributions = [self._workers[identity].contributions[i] for identity, _ in spec.pushes]
-        return table, np.array(spec.rows, ndmin=2), contributions, shares[table[:, 2]]
+        return table, self._rows(spec.rows, s), contributions, shares[table[:, 2]]
+
+    def _rows(self, rows: Sequence[tuple[float, ...]], s: Slice) -> np.ndarray:
+        """Return the scalars of each cell as a slice's step takes them; cells that lie in other slices have any."""
+        width = 0 if s.lane.is_averaged else self._scalars
+        return np.array([row if len(row) == width else (0.0,) * width for row in rows], np.float64, ndmin=2)
 
     def _locate(self, bad: tuple[int, int, int], s: Slice) -> tuple[int, int, int, int]:
         commit, push, element = bad

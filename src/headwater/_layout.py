@@ -1,6 +1,7 @@
 """Where each dense tensor lies. Pure arithmetic; workers and servers compute the same from the same specs.
 
-    arena   := lane*                      one lane per wire dtype, in order of first appearance, each starting on a page
+    arena   := lane*                      one lane per wire dtype, and one more for what is averaged, in order of first appearance,
+                                          each starting on a page
     lane    := tensor*                    in registration order, each at a multiple of 64 bytes; the gaps are zeros
     block   := 16384 elements of a lane   the unit of placement and of sums of squares
 
@@ -26,6 +27,8 @@ BLOCK = 16384  # elements
 ALIGN_BYTES = 64
 PAGE_BYTES = 4096
 
+AVERAGED = -1  # in place of a parameter group
+
 #: Wire dtype → (bytes per element on the wire, master dtype). The master copy is what the optimizer works on.
 DTYPES = {
     "float32": (4, "float32"),
@@ -36,7 +39,10 @@ DTYPES = {
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A named dense tensor; `group` is its optimizer parameter group."""
+    """A named dense tensor; `group` is its optimizer parameter group.
+
+    Or AVERAGED: then workers push values, not gradients, and a commit makes it their mean. It has no slots: what lies there is unused.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -48,6 +54,10 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
         """Elements."""
         return math.prod(self.shape)
 
+    @property
+    def is_averaged(self) -> bool:
+        return self.group == AVERAGED
+
 
 def round_up(value: int, multiple: int) -> int:
     """Return the smallest multiple that is not below value."""
@@ -55,9 +65,10 @@ def round_up(value: int, multiple: int) -> int:
 
 
 class Lane(NamedTuple):
-    """All tensors of one wire dtype."""
+    """All tensors of one wire dtype that are treated alike."""
 
     dtype: str
+    is_averaged: bool
     start_byte: int  # in the arena
     elements: int  # gaps included
     tensors: tuple[int, ...]  # indices into the specs
@@ -122,11 +133,11 @@ class Layout:
 
     def master_views(self, lanes: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """Return an array per tensor over a whole master plane, a flat array per lane."""
-        flat = dict(zip((lane.dtype for lane in self.lanes), lanes, strict=True))
+        flat = dict(zip((lane.start_byte for lane in self.lanes), lanes, strict=True))
         found = {}
         for i, spec in enumerate(self.specs):
             lane, at = self.places[i]
-            found[spec.name] = flat[lane.dtype][at : at + spec.size].reshape(spec.shape)
+            found[spec.name] = flat[lane.start_byte][at : at + spec.size].reshape(spec.shape)
         return found
 
     def part(self, index: int, count: int) -> Part:
@@ -168,10 +179,10 @@ class Part:
 
     def spread(self, raw: np.ndarray, lanes: Sequence[np.ndarray]) -> None:
         """Copy this part of a master plane, uint8, into the whole one, a flat array per lane."""
-        flat = dict(zip((lane.dtype for lane in self._lanes), lanes, strict=True))
+        flat = dict(zip((lane.start_byte for lane in self._lanes), lanes, strict=True))
         at = 0
         for s in self.slices:
-            target = flat[s.lane.dtype][s.start : s.stop].view(np.uint8)
+            target = flat[s.lane.start_byte][s.start : s.stop].view(np.uint8)
             target[:] = raw[at : at + target.nbytes]
             at += target.nbytes
 
@@ -227,17 +238,17 @@ def tensor_at(lane: Lane, element: int) -> int:
 
 def _lanes(specs: Sequence[TensorSpec]) -> Iterator[Lane]:
     start_byte = 0
-    for dtype in dict.fromkeys(spec.dtype for spec in specs):
+    for dtype, is_averaged in dict.fromkeys((spec.dtype, spec.is_averaged) for spec in specs):
         item = DTYPES[dtype][0]
         step = ALIGN_BYTES // item
         tensors, offsets, at = [], [], 0
         for i, spec in enumerate(specs):
-            if spec.dtype == dtype:
+            if (spec.dtype, spec.is_averaged) == (dtype, is_averaged):
                 tensors.append(i)
                 offsets.append(at)
                 at += round_up(spec.size, step)
         start_byte = round_up(start_byte, PAGE_BYTES)
-        yield Lane(dtype, start_byte, at, tuple(tensors), tuple(offsets))
+        yield Lane(dtype, is_averaged, start_byte, at, tuple(tensors), tuple(offsets))
         start_byte += at * item
 
 
@@ -253,7 +264,7 @@ def _check(specs: Sequence[TensorSpec]) -> None:
             raise LayoutError(
                 f"Expected a tensor with elements, got shape {spec.shape} — tensor {spec.name!r}: leave it out."
             )
-        if spec.group < 0 or spec.group >= len(specs):
+        if not spec.is_averaged and not 0 <= spec.group < len(specs):
             raise LayoutError(
                 f"Expected a parameter group from 0 to {len(specs) - 1}, got {spec.group} — tensor {spec.name!r}."
             )
@@ -274,8 +285,9 @@ def difference(ours: Sequence[TensorSpec], theirs: Sequence[TensorSpec]) -> str:
             return f"tensor {name!r} {spec.shape} is unknown"
         if spec != have[name]:
             old = have[name]
-            return (
-                f"tensor {name!r}: expected {old.dtype} {old.shape} in group {old.group}, "
-                f"got {spec.dtype} {spec.shape} in group {spec.group}"
-            )
+            return f"tensor {name!r}: expected {old.dtype} {old.shape} {_place(old)}, got {spec.dtype} {spec.shape} {_place(spec)}"
     return "" if tuple(ours) == tuple(theirs) else "the tensors come in another order"
+
+
+def _place(spec: TensorSpec) -> str:
+    return "that is averaged" if spec.is_averaged else f"in group {spec.group}"

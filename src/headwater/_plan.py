@@ -5,7 +5,8 @@ tensor that no push has a gradient for stays untouched and its step count stands
 tensors of one cohort that the same pushes have gradients for form a *cell*.
 
 The mean is over all pushes of the commit, weighted: g = Σ wᵢ·gᵢ / Σ wᵢ, a missing gradient counting as zero. That is what one
-process with the larger batch computes.
+process with the larger batch computes. Of a tensor that is averaged it is the mean of the values that were pushed: one that is missing
+is left out, and neither sign nor clipping have a say.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import msgspec
 import numpy as np
 
 from headwater._consistency import PushEntry
+from headwater._layout import AVERAGED
 from headwater._messages import CommitSpec
 from headwater.optim import AnyOptimizer
 
@@ -27,7 +29,7 @@ class Plan(NamedTuple):
 
     cohort_of: np.ndarray  # int32, one per tensor
     cells: bytes  # the same as bytes: the cells of a commit in which every gradient is present
-    cohorts: tuple[tuple[int, int], ...]  # (parameter group, steps made)
+    cohorts: tuple[tuple[int, int], ...]  # (parameter group or AVERAGED, steps made)
 
     @classmethod
     def start(cls, groups: Sequence[int], steps: Sequence[int] = ()) -> Plan:
@@ -55,16 +57,16 @@ class Plan(NamedTuple):
         if any(p.absent for p in pushes):
             present = np.array([~_absent(p, len(self.cohort_of)) for p in pushes])
             plan, cells, cell_cohorts, held = self._split(present)
-            coefficients = np.where(held, np.frombuffer(_shares(weights, sign, 1)), 0.0).tobytes()
         else:
-            plan, cells, cell_cohorts = self, self.cells, list(range(len(self.cohorts)))
-            coefficients = _shares(weights, sign, len(self.cohorts))
+            plan, cells, cell_cohorts, held = self, self.cells, list(range(len(self.cohorts))), None
+        averaged = tuple([plan.cohorts[cohort][0] == AVERAGED for cohort in cell_cohorts])
+        coefficients = _shares(weights, sign, averaged, None if held is None else held.tobytes())
         cohorts = list(plan.cohorts)
         for cohort in set(cell_cohorts):
             group, steps = cohorts[cohort]
             cohorts[cohort] = (group, steps + 1)
         scalars = [dict(zip(optimizer.scalar_names, row, strict=True)) for row in pushes[0].scalars]
-        rows = [tuple(optimizer.row(scalars[group], steps)) for group, steps in cohorts]
+        rows = [() if group == AVERAGED else tuple(optimizer.row(scalars[group], steps)) for group, steps in cohorts]
         spec = CommitSpec(names, cells, tuple([rows[c] for c in cell_cohorts]), coefficients)
         return spec, Plan(plan.cohort_of, plan.cells, tuple(cohorts))
 
@@ -92,14 +94,27 @@ class Plan(NamedTuple):
 
 def scaled(spec: CommitSpec, factor: float) -> CommitSpec:
     """Return the same commit with its gradient multiplied by a factor."""
-    return msgspec.structs.replace(spec, coefficients=(np.frombuffer(spec.coefficients) * factor).tobytes())
+    factors = np.repeat(
+        [factor if row else 1.0 for row in spec.rows], len(spec.pushes)
+    )  # what is averaged has no scalars
+    return msgspec.structs.replace(spec, coefficients=(np.frombuffer(spec.coefficients) * factors).tobytes())
 
 
 @lru_cache(maxsize=64)
-def _shares(weights: tuple[float, ...], sign: float, cells: int) -> bytes:
-    """Return float64 (cells, pushes): each push's share in the mean."""
+def _shares(weights: tuple[float, ...], sign: float, averaged: tuple[bool, ...], held: bytes | None) -> bytes:
+    """Return float64 (cells, pushes): each push's share in the mean.
+
+    averaged: whether a cell's tensors are. held: bool (cells, pushes), which pushes have it; None: all have all.
+    """
     total = sum(weights)
-    return np.tile([sign * (weight / total) for weight in weights], (cells, 1)).tobytes()
+    shares = np.array([[weight / total for weight in weights]] * len(averaged))
+    present = np.ones(shares.shape, bool) if held is None else np.frombuffer(held, bool).reshape(shares.shape)
+    for i, is_averaged in enumerate(averaged):
+        if is_averaged and not present[i].all():
+            shares[i] = np.divide(weights, sum(w for w, here in zip(weights, present[i], strict=True) if here))
+        elif not is_averaged:
+            shares[i] *= sign
+    return np.where(present, shares, 0.0).tobytes()
 
 
 def pack_absent(absent: Sequence[bool]) -> bytes:

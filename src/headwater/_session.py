@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from headwater._errors import (
     warn,
 )
 from headwater._files import Files, open_files
-from headwater._layout import Layout, TensorSpec
+from headwater._layout import AVERAGED, Layout, TensorSpec
 from headwater._lookup import Table, Tables
 from headwater._messages import (
     AnyMessage,
@@ -166,13 +166,29 @@ class Session:
 
     # Registration.
 
-    def register(self, arrays: Mapping[str, np.ndarray], optimizer: AnyOptimizer | None = None) -> None:
+    def register(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        optimizer: AnyOptimizer | None = None,
+        *,
+        averaged: Collection[str] = (),
+    ) -> None:
         """Put named arrays under the job's care; the first worker's values are the initial ones, the others adopt them.
 
         arrays: float32, float64 or float16, any shape; they are copied. optimizer: what the servers do with gradients, as in
-        `headwater.optim`; default SGD(lr=0.01). Raises LayoutError or SettingError where the job has others.
+        `headwater.optim`; default SGD(lr=0.01). averaged: names of those that are not trained by gradients, such as running statistics: of
+        them workers push values, and each commit makes them the weighted mean of the values that were pushed in it; one that a worker
+        leaves out has no part in that. Raises LayoutError or SettingError where the job has others.
         """
-        specs = [TensorSpec(name, array.shape, array.dtype.name) for name, array in arrays.items()]
+        unknown = [name for name in averaged if name not in arrays]
+        if unknown:
+            raise LayoutError(
+                f"Expected names of arrays to be averaged, got {unknown[0]!r}: arrays are {_few(arrays)}."
+            )
+        specs = [
+            TensorSpec(name, array.shape, array.dtype.name, AVERAGED if name in averaged else 0)
+            for name, array in arrays.items()
+        ]
         values = {name: a.view("uint16") if a.dtype.name == "bfloat16" else a for name, a in arrays.items()}
         self.register_specs(specs, values, optimizer or SGD(lr=0.01))
 
@@ -334,9 +350,9 @@ class Session:
     ) -> None:
         """Push gradients by name and let them count; returns at once, `wait` tells when they do.
 
-        gradients: arrays of the registered shapes and dtypes, copied; a name left out has no gradient. None: all of what stands
-        in `self.gradients`. weight: this push's share in the mean, such as its number of samples; 0 only closes the clock.
-        scalars: the learning rate and others that change by the step; those left out stay as they were last.
+        gradients: arrays of the registered shapes and dtypes, copied, of those that are averaged the values themselves; a name left out
+        has none. None: all of what stands in `self.gradients`. weight: this push's share in the mean, such as its number of samples; 0
+        only closes the clock. scalars: the learning rate and others that change by the step; those left out stay as they were last.
         """
         self._push(gradients, weight, scalars, pull=False)
 
@@ -439,6 +455,8 @@ class Session:
         if self._is_pending:
             self.wait()
         self._surviving(dense.pull)
+        if self.moved is not None:
+            self.moved()
 
     def _copy_in(self, gradients: Mapping[str, np.ndarray]) -> None:
         views = self.gradients

@@ -262,6 +262,8 @@ def _pieces(part: Part, planes: Sequence[str]) -> list[_Piece]:
     found = []
     for plane in planes:
         for i, s in enumerate(part.slices):
+            if plane != "master" and s.lane.is_averaged:
+                continue
             for spec, start, at, size in part.pieces(s):
                 is_whole = size == spec.size
                 key = spec.name if is_whole else f"{spec.name}[{start}:{start + size}]"

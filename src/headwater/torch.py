@@ -10,14 +10,14 @@ copies nothing (with several servers: under BSP).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from headwater import optim
 from headwater._errors import LayoutError, SettingError, UsageError
-from headwater._layout import TensorSpec
+from headwater._layout import AVERAGED, TensorSpec
 from headwater._plan import pack_absent
 from headwater._session import Session, connect_session
 from headwater._torch_embedding import Embedding, EmbeddingBag
@@ -61,6 +61,11 @@ class Optimizer(torch.optim.Optimizer):
 
     From here on parameters lie in the session's memory: `.to(dtype)` afterwards is an error at the next step, and what
     user code writes into a parameter is undone by it. Schedulers, `zero_grad`, gradient accumulation, GradScaler work as ever.
+
+    A module's persistent floating-point buffers, such as BatchNorm's running statistics, are the job's as well, and *averaged*: each step
+    pushes those that were changed here since the last one, and brings back the mean of what was pushed; a step that counts nowhere
+    leaves nothing of them. Other buffers, integers such as num_batches_tracked among them, stay this worker's own.
+
     `step` raises NonFiniteError where the gradient was refused; the job goes on, and so may the caller.
     """
 
@@ -97,6 +102,7 @@ class Optimizer(torch.optim.Optimizer):
         self.settings = settings
         self._names = settings.scalar_names
         self._parameters = _ordered(named, self.param_groups)
+        self._buffers = _averaged(model) if isinstance(model, torch.nn.Module) else []
         if not self._parameters and not (session is not None and session.has_tables):
             raise LayoutError("Expected at least one parameter that requires a gradient, got none.")
         self.session = connect_session() if session is None else session
@@ -104,31 +110,37 @@ class Optimizer(torch.optim.Optimizer):
 
     def _register(self) -> None:
         """Move the parameters into the session's memory; their values are now the job's."""
-        specs = [TensorSpec(n, tuple(p.shape), _dtype(n, p), g) for n, p, g in self._parameters]
-        values = {name: _to_numpy(p.detach()) for name, p, _ in self._parameters}
-        self.session.register_specs(specs, values, self.settings)
-        names = [spec.name for spec in specs]
-        dtypes = [p.dtype for _, p, _ in self._parameters]
-        self._gradients = [_to_torch(self.session.gradients[n], d) for n, d in zip(names, dtypes, strict=True)]
+        buffers = [(buffer.name, buffer.tensor, AVERAGED) for buffer in self._buffers]
+        tensors: list[tuple[str, torch.Tensor, int]] = [*self._parameters, *buffers]
+        specs = [TensorSpec(n, tuple(t.shape), _dtype(n, t), g) for n, t, g in tensors]
+        self._dtypes = {name: tensor.dtype for name, tensor, _ in tensors}
+        self.session.register_specs(specs, {name: _to_numpy(t.detach()) for name, t, _ in tensors}, self.settings)
+        pushed = self._views(self.session.gradients)
+        self._gradients, self._values = pushed[: len(self._parameters)], pushed[len(self._parameters) :]
         self._sides: list[list[torch.Tensor]] = []
         self._bind(first=True)
         self.session.moved = self._bind
 
     def _current(self) -> list[torch.Tensor]:
-        """Return the parameters of the session's current side."""
+        """Return the parameters of the session's current side, then the buffers."""
         for side in self.session.sides[len(self._sides) :]:  # more come while others join
-            self._sides.append([_to_torch(side[name], p.dtype) for name, p, _ in self._parameters])
+            self._sides.append(self._views(side))
         return self._sides[self.session.side]
 
+    def _views(self, arrays: Mapping[str, np.ndarray]) -> list[torch.Tensor]:
+        return [_to_torch(arrays[name], dtype) for name, dtype in self._dtypes.items()]
+
     def _bind(self, *, first: bool = False) -> None:
-        """Let the parameters be the session's current side."""
+        """Let the parameters be the session's current side, and the buffers copies of it."""
         side = self._current()
+        for buffer, view in zip(self._buffers, side[len(self._parameters) :], strict=True):
+            buffer.tensor.copy_(view)
         if not self._on_worker:
-            for (_, parameter, _), view in zip(self._parameters, side, strict=True):
+            for (_, parameter, _), view in zip(self._parameters, side, strict=False):
                 parameter.data = view
                 torch.autograd.graph.increment_version(parameter)  # a graph from before the step is stale, and told so
         elif first:
-            for (_, parameter, _), view in zip(self._parameters, side, strict=True):
+            for (_, parameter, _), view in zip(self._parameters, side, strict=False):
                 parameter.data.copy_(view)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -144,7 +156,8 @@ class Optimizer(torch.optim.Optimizer):
         """Push the gradients, wait for the commit, pull the parameters.
 
         closure: re-evaluates the model and returns the loss. weight: this worker's share in the mean, such as its number of samples.
-        A parameter whose grad is None is left out; one that no worker has a gradient for stays as it is. Returns the closure's loss.
+        A parameter whose grad is None is left out; one that no worker has a gradient for stays as it is. A step without any gradient
+        counts nowhere. Returns the closure's loss.
         """
         loss = None
         if closure is not None:
@@ -157,9 +170,11 @@ class Optimizer(torch.optim.Optimizer):
         absent = [p.grad is None for _, p, _ in self._parameters]
         if all(absent) and not self.session.has_staged:
             weight = 0.0
+        bits = b""
         if weight > 0:
             self._copy_gradients(absent)
-        bits = b"" if self._on_worker or weight == 0 else pack_absent(absent)
+            missing = [False] * len(absent) if self._on_worker else absent
+            bits = pack_absent([*missing, *self._copy_buffers()])
         self.session.push_sealed(weight=weight, scalars=self._rows(), absent=bits, pull=True)
         try:
             self.session.wait()
@@ -191,19 +206,40 @@ class Optimizer(torch.optim.Optimizer):
         if targets:
             torch._foreach_copy_(targets, sources)
 
+    def _copy_buffers(self) -> list[bool]:
+        """Copy the buffers that were changed since the last pull; returns for each whether it was not.
+
+        A constant is never pushed: the mean of equal values may differ from them in the last bit, and a mask may hold infinity.
+        """
+        side = self._current()[len(self._parameters) :]
+        same = [
+            torch.equal(_bits(buffer.tensor), _bits(view)) for buffer, view in zip(self._buffers, side, strict=True)
+        ]
+        for buffer, view, is_same in zip(self._buffers, self._values, same, strict=True):
+            if not is_same:
+                view.copy_(buffer.tensor)
+        return same
+
     def _step_here(self, absent: Sequence[bool]) -> None:
         """where="worker": make the user's own step from the mean gradient."""
         assert self.inner is not None
         side = self._current()
-        for (_, parameter, _), mean, missing in zip(self._parameters, side, absent, strict=True):
+        for (_, parameter, _), mean, missing in zip(self._parameters, side, absent, strict=False):
             # Nobody had a gradient where the mean of all is nothing but zeros: untouched, as in one process.
             parameter.grad = None if missing and not mean.any() else mean.clone()
         self.inner.step()
 
     def _check_arena(self) -> None:
+        for buffer, view in zip(self._buffers, self._values, strict=True):
+            held = buffer.held
+            if held is None or held.shape != view.shape or held.dtype != view.dtype:
+                raise LayoutError(
+                    f"Expected buffer {buffer.name!r} to stay {view.dtype} {tuple(view.shape)}, got "
+                    f"{None if held is None else (held.dtype, tuple(held.shape))}: convert the model before the optimizer is made."
+                )
         if self._on_worker:
             return
-        for (name, parameter, _), view in zip(self._parameters, self._current(), strict=True):
+        for (name, parameter, _), view in zip(self._parameters, self._current(), strict=False):
             if parameter.data_ptr() != view.data_ptr() or parameter.dtype != view.dtype:
                 raise LayoutError(
                     f"Expected parameter {name!r} in the session's memory as {view.dtype}, got it elsewhere as {parameter.dtype}: "
@@ -256,11 +292,12 @@ class Optimizer(torch.optim.Optimizer):
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         saved = {p: state_dict["state"].get(i, {}) for p, i in zip(order, ids, strict=True)}
         steps, planes = {}, {plane: {} for plane in ("master", *self.settings.slots)}  # type: ignore[var-annotated]
-        for name, parameter, _ in self._parameters:
-            state = saved[parameter]
+        tensors = [(name, p.detach()) for name, p, _ in self._parameters]
+        states = [saved[p] for _, p, _ in self._parameters] + [{}] * len(self._buffers)
+        for (name, parameter), state in zip(tensors + [(b.name, b.tensor) for b in self._buffers], states, strict=True):
             steps[name] = int(state.get("step", 1 if state else 0))
             master = np.float64 if parameter.dtype == torch.float64 else np.float32
-            value = state.get("master", parameter.detach())
+            value = state.get("master", parameter)
             planes["master"][name] = value.to(dtype=torch.from_numpy(np.zeros(0, master)).dtype).cpu().numpy().copy()
             for slot in self.settings.slots:
                 held = state.get(slot)
@@ -271,6 +308,35 @@ class Optimizer(torch.optim.Optimizer):
                 )
         self.session.write_optimizer(planes, steps)
         self._bind()
+
+
+class _Buffer(NamedTuple):
+    """A buffer that is averaged; it may be another tensor at each step."""
+
+    name: str
+    module: torch.nn.Module
+    key: str
+
+    @property
+    def held(self) -> torch.Tensor | None:
+        return self.module._buffers.get(self.key)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        held = self.held
+        assert held is not None
+        return held
+
+
+def _averaged(model: torch.nn.Module) -> list[_Buffer]:
+    """Return the model's persistent buffers that servers can average; tied ones once."""
+    found: dict[torch.Tensor, _Buffer] = {}
+    for prefix, module in model.named_modules():
+        for key, tensor in module._buffers.items():
+            is_kept = key not in module._non_persistent_buffers_set
+            if tensor is not None and is_kept and tensor.dtype in _DTYPES and tensor.numel():
+                found.setdefault(tensor, _Buffer(f"{prefix}.{key}" if prefix else key, module, key))
+    return list(found.values())
 
 
 def _ordered(
@@ -334,7 +400,7 @@ def _options(kind: type[optim.Optimizer], group: Mapping[str, Any]) -> dict[str,
     return options
 
 
-def _dtype(name: str, parameter: torch.nn.Parameter) -> str:
+def _dtype(name: str, parameter: torch.Tensor) -> str:
     if parameter.device.type != "cpu":
         raise LayoutError(f"Expected parameters on the CPU, got {name!r} on {parameter.device}.")
     if parameter.dtype not in _DTYPES:
@@ -347,6 +413,10 @@ def _dtype(name: str, parameter: torch.nn.Parameter) -> str:
 def _to_torch(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if dtype == torch.bfloat16 else tensor
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
 
 
 def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
