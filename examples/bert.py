@@ -145,7 +145,7 @@ def train(session: hw.Session, model: Reader, data: Data, options: Namespace) ->
     begin = 0
     for i, name in enumerate(("text", "topics")):
         loader = DataLoader((data.text, data.known)[i], options.batch, shuffle=True, drop_last=True)
-        epochs, rate = options.epochs[i], PEAK_RATES[i] * share_of_batch(session)
+        epochs, rate = options.epochs[i], PEAK_RATES[i] * share_of_batch(session) ** 0.5
         steps = epochs * len(loader) // session.workers
         for tokens, *labels in session.shard(loader, epochs=epochs, name=name, seed=options.seed):
             logits, expected = model.guess(tokens) if name == "text" else (model.classify(tokens), *labels)

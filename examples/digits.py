@@ -28,22 +28,20 @@ HELD_OUT = 0.2  # of all
 
 @dataclass(frozen=True)
 class Digits(Dataset[tuple[Tensor, Tensor]]):
-    """Images and what they show; shift: pixels by which an image that is taken out may be moved by chance."""
+    """Images and what they show. margin: pixels around an image, and so by how many it is moved by chance whenever it is taken out."""
 
-    images: Tensor  # float32, (count, 1, SIDE, SIDE), of mean 0 and deviation 1
+    images: (
+        Tensor  # float32, (count, 1, SIDE + 2 · margin, SIDE + 2 · margin), of mean 0 and deviation 1 within the margin
+    )
     labels: Tensor  # int64, (count,)
-    shift: int = 0
+    margin: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, margin = self.images[index], self.shift
-        if margin:
-            image = functional.pad(image, (margin,) * 4, value=float(image.min()))
-            top, left = torch.randint(2 * margin + 1, (2,)).tolist()
-            image = image[:, top : top + SIDE, left : left + SIDE]
-        return image, self.labels[index]
+        top, left = torch.randint(2 * self.margin + 1, (2,)).tolist() if self.margin else (0, 0)
+        return self.images[index, :, top : top + SIDE, left : left + SIDE], self.labels[index]
 
 
 def load(path: Path | None = None) -> tuple[Digits, Digits]:
@@ -69,7 +67,8 @@ def load(path: Path | None = None) -> tuple[Digits, Digits]:
     labels = torch.from_numpy(rows[:, -1]).long()
     cut = round(len(rows) * (1 - HELD_OUT))
     images = (images - images[:cut].mean()) / images[:cut].std()
-    return Digits(images[:cut], labels[:cut], shift=1), Digits(images[cut:], labels[cut:])
+    padded = functional.pad(images[:cut], (1, 1, 1, 1), value=float(images.min()))
+    return Digits(padded, labels[:cut], margin=1), Digits(images[cut:], labels[cut:])
 
 
 @torch.no_grad()

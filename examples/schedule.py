@@ -20,9 +20,10 @@ def share_of_peak(step: int, steps: int, warm_up: int = WARM_UP) -> float:
 
 
 def share_of_batch(session: hw.Session) -> float:
-    """Return which part of the batch of all workers a step of the job is made from, to scale the peak rate by.
+    """Return which part of the batch of all workers a step of the job is made from.
 
-    Under BSP a step is made from the mean of all; else each push makes one, so there are more steps and each is to be smaller.
+    Under BSP a step is made from the mean of all; else each push makes one, and the peak rate is to be scaled: with this share for SGD
+    (Goyal et al. 2017), with its root for Adam (Malladi et al. 2022).
     """
     return 1.0 if session.consistency == hw.bsp() else 1 / session.workers
 
