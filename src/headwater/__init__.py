@@ -7,8 +7,8 @@
     session.step({"w": gradient})                             # push, wait, pull
     session.parameters["w"]
 
-With PyTorch there is `hw.torch.Optimizer`. Importing headwater imports no framework: every name here loads its module, and
-NumPy, when it is first used.
+With PyTorch there is `hw.torch.Optimizer`, with Keras `hw.keras.ParameterServerStrategy`. Importing headwater imports no
+framework: every name here loads its module, and NumPy, when it is first used.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ _HOMES = {
     "durability": "durability",
     "errors": "_errors",
     "hash_ids": "_lookup:hash_ids",
+    "keras": "keras",
     "optim": "optim",
     "ssp": "_consistency:ssp",
     "torch": "torch",

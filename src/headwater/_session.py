@@ -115,6 +115,14 @@ class Saved(NamedTuple):
     manifest: Manifest
 
 
+class Start(NamedTuple):
+    """What a job begins with beside the parameters' values, where no saved job was loaded."""
+
+    planes: Mapping[str, Mapping[str, np.ndarray]]  # optimizer slots, by name
+    steps: tuple[int, ...]  # that each tensor has made
+    state: Mapping[str, Any]  # entries of the job's dictionary
+
+
 class Session:
     """One worker of a job, made by `connect`. It is used by one thread at a time, in the process that made it.
 
@@ -164,6 +172,16 @@ class Session:
         """Finished steps."""
         return self._peers.clock
 
+    @property
+    def servers(self) -> int:
+        """How many servers the job has."""
+        return len(self._peers.addresses)
+
+    @property
+    def registered(self) -> tuple[tuple[TensorSpec, ...], AnyOptimizer] | None:
+        """The tensors and the optimizer that were registered here; what adapters use."""
+        return None if self._layout is None or self._optimizer is None else (self._layout.specs, self._optimizer)
+
     # Registration.
 
     def register(
@@ -193,7 +211,12 @@ class Session:
         self.register_specs(specs, values, optimizer or SGD(lr=0.01))
 
     def register_specs(
-        self, specs: Sequence[TensorSpec], values: Mapping[str, np.ndarray], optimizer: AnyOptimizer
+        self,
+        specs: Sequence[TensorSpec],
+        values: Mapping[str, np.ndarray],
+        optimizer: AnyOptimizer,
+        *,
+        start: Start | None = None,
     ) -> None:
         """Register tensors by their specs; what adapters use. values: arrays as `Layout.views` shapes them (bfloat16: uint16)."""
         self._require_open()
@@ -210,15 +233,17 @@ class Session:
             self.wait()
         self._is_registering = True
         try:
-            self._surviving(partial(self._register, layout, values, optimizer))
+            self._surviving(partial(self._register, layout, values, optimizer, start))
         finally:
             self._is_registering = False
 
-    def _register(self, layout: Layout, values: Mapping[str, np.ndarray], optimizer: AnyOptimizer) -> None:
+    def _register(
+        self, layout: Layout, values: Mapping[str, np.ndarray], optimizer: AnyOptimizer, start: Start | None
+    ) -> None:
         answer = self._ask_once(Register(layout.specs, optimizer), Registered)
         dense = DenseLink(self._peers, layout, self.consistency)
         if answer.initialise:
-            answer = self._initialise(layout, dense, values, optimizer)
+            answer = self._initialise(layout, dense, values, optimizer, start or Start({}, (), {}))
         dense.begin(answer.side)
         self._peers.clock, self._commit = answer.clock, answer.commit
         self._layout, self._optimizer, self._dense = layout, optimizer, dense
@@ -231,12 +256,19 @@ class Session:
         self._surviving(partial(self._dense.begin, answer.side))
 
     def _initialise(
-        self, layout: Layout, dense: DenseLink, values: Mapping[str, np.ndarray], optimizer: AnyOptimizer
+        self,
+        layout: Layout,
+        dense: DenseLink,
+        values: Mapping[str, np.ndarray],
+        optimizer: AnyOptimizer,
+        start: Start,
     ) -> Registered:
         """Put this worker's values, or the loaded ones, on every server."""
         if self._saved is None:
-            dense.put("parameters", values)
-            return self._ask_once(Initialised(), Registered)
+            for plane, arrays in {"parameters": values, **start.planes}.items():
+                dense.put(plane, arrays)
+            state = {key: msgspec.msgpack.encode(value) for key, value in start.state.items()}
+            return self._ask_once(Initialised(0, start.steps, state), Registered)
         files, folder, manifest = self._saved
         manifest.check(layout, optimizer)
         whole = layout.part(0, 1)

@@ -1,8 +1,9 @@
 """Optimizer settings as values. The arithmetic itself is in the kernels; nothing here touches an array.
 
-Names, defaults and formulas are those of `torch.optim`. Some settings shape the state (which slots there are) or the
-kernel, and stay as registered; the others are *scalars*, travel with every push and may change by the step. `row` turns
-the scalars into what the kernel takes, in float64 and in one place, so that every server computes with the same numbers.
+Names, defaults and formulas are those of `torch.optim`; with `keras_form` the formulas are Keras's. Some settings shape the state
+(which slots there are) or the kernel, and stay as registered; the others are *scalars*, travel with every push and may change by the
+step. `row` turns the scalars into what the kernel takes, in float64 and in one place, so that every server computes with the same
+numbers.
 """
 
 from __future__ import annotations
@@ -171,6 +172,7 @@ class SGD(_Momentum, frozen=True, kw_only=True):
     dampening: float = 0.0
     weight_decay: float = 0.0
     nesterov: bool = False
+    keras_form: bool = False  # the buffer sums lr·g, so that a new rate leaves what is in it
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,6 +186,9 @@ class SGD(_Momentum, frozen=True, kw_only=True):
     def slots(self) -> tuple[str, ...]:
         return ("momentum_buffer",) if self.has_momentum else ()
 
+    def structure(self) -> tuple[Any, ...]:
+        return (*super().structure(), self.keras_form)
+
     def check(self, scalars: Mapping[str, float]) -> None:
         super().check(scalars)
         self._check_nesterov(scalars)
@@ -196,9 +201,11 @@ class SGD(_Momentum, frozen=True, kw_only=True):
             )
 
     def row_slots(self, dim: int) -> list[float]:
-        return self._plain_row([], momentum=self.momentum)
+        return self._plain_row([], momentum=self.momentum, keras_form=self.keras_form)
 
     def row(self, scalars: Mapping[str, float], step: int) -> list[float]:
+        if self.keras_form and self.has_momentum:
+            return [1.0, scalars["weight_decay"], scalars["momentum"], scalars["lr"]]
         # torch.optim starts the buffer with the first gradient itself: 0·momentum + 1·gradient.
         fresh = 1.0 if step <= 1 else 1.0 - scalars["dampening"]
         return [scalars["lr"], scalars["weight_decay"], scalars["momentum"], fresh]
@@ -249,10 +256,14 @@ class RMSprop(_Momentum, frozen=True, kw_only=True):
     eps: float = 1e-8
     weight_decay: float = 0.0
     centered: bool = False
+    keras_form: bool = False  # eps stands within the root, and momentum is as in SGD
 
     @property
     def flags(self) -> int:
         return _MOMENTUM * self.has_momentum | _CENTERED * self.centered
+
+    def structure(self) -> tuple[Any, ...]:
+        return (*super().structure(), self.keras_form)
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -260,15 +271,10 @@ class RMSprop(_Momentum, frozen=True, kw_only=True):
         return ("square_avg", *("grad_avg",) * self.centered, *("momentum_buffer",) * self.has_momentum)
 
     def row(self, scalars: Mapping[str, float], step: int) -> list[float]:
-        alpha = scalars["alpha"]
-        return [
-            scalars["lr"],
-            scalars["weight_decay"],
-            alpha,
-            1.0 - alpha,
-            scalars["eps"],
-            scalars["momentum"],
-        ]
+        lr, decay, alpha, eps = (scalars[name] for name in ("lr", "weight_decay", "alpha", "eps"))
+        outer, inner = (0.0, eps) if self.keras_form else (eps, 0.0)
+        rate, gain = (1.0, lr) if self.keras_form and self.has_momentum else (lr, 1.0)
+        return [rate, decay, alpha, 1.0 - alpha, outer, scalars["momentum"], inner, gain]
 
 
 class Adam(_Descent, frozen=True, kw_only=True):
@@ -282,6 +288,9 @@ class Adam(_Descent, frozen=True, kw_only=True):
     eps: float = 1e-8
     weight_decay: float = 0.0
     amsgrad: bool = False
+    keras_form: bool = (
+        False  # eps is the "epsilon hat" of Kingma and Ba, section 2 at the end: added before the correction
+    )
 
     def __post_init__(self) -> None:
         try:
@@ -300,6 +309,9 @@ class Adam(_Descent, frozen=True, kw_only=True):
     def slots(self) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", *("max_exp_avg_sq",) * self.amsgrad)
 
+    def structure(self) -> tuple[Any, ...]:
+        return (*super().structure(), self.keras_form)
+
     @property
     def beta1(self) -> float:
         """Decay of the gradient's mean."""
@@ -311,7 +323,7 @@ class Adam(_Descent, frozen=True, kw_only=True):
         return self.betas[1]
 
     def row_slots(self, dim: int) -> list[float]:
-        return self._plain_row([0.0] * (2 * dim), amsgrad=self.amsgrad)
+        return self._plain_row([0.0] * (2 * dim), amsgrad=self.amsgrad, keras_form=self.keras_form)
 
     def row(self, scalars: Mapping[str, float], step: int) -> list[float]:
         # Kingma and Ba, section 2 at the end: the corrections folded into the step size and the denominator.
@@ -320,7 +332,8 @@ class Adam(_Descent, frozen=True, kw_only=True):
         step_size = lr / (1.0 - beta1**step)
         correction = math.sqrt(1.0 - beta2**step)
         decay = self._decay(lr, scalars["weight_decay"])
-        return [step_size, decay, 1.0 - beta1, beta2, 1.0 - beta2, correction, scalars["eps"]]
+        eps = scalars["eps"] / correction if self.keras_form else scalars["eps"]
+        return [step_size, decay, 1.0 - beta1, beta2, 1.0 - beta2, correction, eps]
 
     def _decay(self, lr: float, weight_decay: float) -> float:
         """Return what multiplies the parameter where it is added to the gradient."""

@@ -67,7 +67,7 @@ struct OptimizerName {
 constexpr OptimizerName kOptimizers[] = {
     {"sgd", Optimizer::sgd, kMomentum | kNesterov, 4},
     {"adagrad", Optimizer::adagrad, 0, 3},
-    {"rmsprop", Optimizer::rmsprop, kMomentum | kCentered, 6},
+    {"rmsprop", Optimizer::rmsprop, kMomentum | kCentered, 8},
     {"adam", Optimizer::adam, kAmsgrad, 7},
     {"adamw", Optimizer::adamw, kAmsgrad, 7},
     {"mean", Optimizer::mean, 0, 0},

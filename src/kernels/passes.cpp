@@ -378,7 +378,7 @@ struct Sgd {
     V d = g + decay * from[0];
     if constexpr (momentum) {
       to[1] = mu * from[1] + fresh * d;
-      d = nesterov ? d + mu * to[1] : to[1];
+      d = nesterov ? fresh * d + mu * to[1] : to[1];
     }
     to[0] = from[0] - lr * d;
   }
@@ -400,8 +400,9 @@ struct Adagrad {
 template <class T, bool momentum, bool centered>
 struct RmsProp {
   static constexpr int kPlanes = 2 + centered + momentum;
-  const T lr, decay, alpha, fresh, eps, mu;
-  explicit RmsProp(const T* s) : lr(s[0]), decay(s[1]), alpha(s[2]), fresh(s[3]), eps(s[4]), mu(s[5]) {}
+  const T lr, decay, alpha, fresh, eps, mu, inner, gain;
+  explicit RmsProp(const T* s)
+      : lr(s[0]), decay(s[1]), alpha(s[2]), fresh(s[3]), eps(s[4]), mu(s[5]), inner(s[6]), gain(s[7]) {}
   template <class V>
   void operator()(V g, const V* from, V* to) const {
     const V d = g + decay * from[0];
@@ -411,10 +412,10 @@ struct RmsProp {
       to[2] = lerp(from[2], d, fresh);
       spread = to[1] - to[2] * to[2];
     }
-    const V scale = root(spread) + eps;
+    const V scale = root(spread + inner) + eps;
     if constexpr (momentum) {
       constexpr int buffer = kPlanes - 1;
-      to[buffer] = mu * from[buffer] + d / scale;
+      to[buffer] = mu * from[buffer] + gain * d / scale;
       to[0] = from[0] - lr * to[buffer];
     } else {
       to[0] = from[0] - lr * d / scale;
