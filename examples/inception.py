@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import digits
 import torch
 from digits import Digits
+from mnist import CLASSES
 from schedule import set_rate, share_of_batch, share_of_peak
 from torch import Tensor, nn
 from torch.nn import functional
@@ -66,7 +67,7 @@ class Inception(nn.Sequential):
     (batch, classes).
     """
 
-    def __init__(self, share: int = 8, classes: int = digits.CLASSES) -> None:
+    def __init__(self, share: int = 8, classes: int = CLASSES) -> None:
         def module(before: int, *columns: int) -> Branches:
             return Branches(before // share, *(column // share for column in columns))
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import digits
 import torch
 from digits import Digits
+from mnist import CLASSES
 from schedule import set_rate, share_of_batch, share_of_peak
 from torch import Tensor, nn
 from torch.nn import functional
@@ -54,7 +55,7 @@ class ResNet(nn.Sequential):
     float32 (batch, 1, height, width) to logits, float32 (batch, classes).
     """
 
-    def __init__(self, blocks: int = 1, width: int = 16, classes: int = digits.CLASSES) -> None:
+    def __init__(self, blocks: int = 1, width: int = 16, classes: int = CLASSES) -> None:
         layers: list[nn.Module] = [convolution(1, width), nn.ReLU()]
         before = width
         for after in (width, 2 * width, 4 * width):

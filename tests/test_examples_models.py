@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import digits
@@ -14,6 +16,7 @@ import pytest
 import torch
 from bert import CONTEXT, MASK, PAD, START, STOP, Bert, Reader, frame
 from inception import Inception
+from mnist import SIDE
 from resnet import ResNet
 from schedule import WARM_UP, share_of_peak
 from text import VOCABULARY, paragraphs_of_topics
@@ -21,11 +24,17 @@ from text import VOCABULARY, paragraphs_of_topics
 EXAMPLES = Path(digits.__file__).parent
 
 
-def run(example: str, *options: str, consistency: str = "bsp") -> str:
+def run(example: str, *options: str, consistency: str = "bsp", environment: Mapping[str, str] | None = None) -> str:
     """Run an example with a server and two workers; returns what they print."""
     words = ["-m", "headwater", "run", "-n", "2", "--consistency", consistency, str(EXAMPLES / example), *options]
     done = subprocess.run(
-        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=False
+        [sys.executable, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | dict(environment or {}),
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
@@ -58,6 +67,12 @@ def test_images_are_read_better_than_by_guessing(example: str, consistency: str,
 
 
 @pytest.mark.slow
+def test_images_are_read_with_keras(made_digits: Path) -> None:
+    said = run("resnet_keras.py", "--data", str(made_digits), "--epochs", "4", environment={"KERAS_BACKEND": "jax"})
+    assert percent(r"reads ([\d.]+)% of 160 held-out digits", said) > 50
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("library", [[], ["--transformers"]], ids=["own", "transformers"])
 def test_bert_goes_on_from_text_to_topics(library: list[str]) -> None:
     said = run("bert.py", "--epochs", "1", "1", "--batch", "16", *library)
@@ -75,7 +90,7 @@ def test_a_rate_warms_up_and_stays_at_a_tenth_past_its_end() -> None:
 def test_digits_are_split_once_and_for_all(made_digits: Path) -> None:
     training, held_out = digits.load(made_digits)
     assert (len(training), len(held_out)) == (640, 160)
-    assert training[0][0].shape == held_out[0][0].shape == (1, digits.SIDE, digits.SIDE)
+    assert training[0][0].shape == held_out[0][0].shape == (1, SIDE, SIDE)
     assert abs(float(training.images[..., 1:-1, 1:-1].mean())) < 1e-5
     torch.testing.assert_close(digits.load(made_digits)[1].images, held_out.images)
 
@@ -83,7 +98,7 @@ def test_digits_are_split_once_and_for_all(made_digits: Path) -> None:
 def test_an_image_is_moved_by_a_pixel_at_most(made_digits: Path) -> None:
     training, held_out = digits.load(made_digits)
     moved, _ = training[0]
-    windows = [training.images[0, :, i : i + digits.SIDE, j : j + digits.SIDE] for i in range(3) for j in range(3)]
+    windows = [training.images[0, :, i : i + SIDE, j : j + SIDE] for i in range(3) for j in range(3)]
     assert any(torch.equal(moved, window) for window in windows)
     assert torch.equal(held_out[0][0], held_out.images[0])
 
