@@ -44,7 +44,7 @@ elif BACKEND == "torch":
         return _torch_embedding.Embedding(table).train(is_training)(ids) + comes_by.value.sum()
 
 
-class Embedding(keras.layers.Layer):
+class Embedding(keras.layers.Layer):  # type: ignore[misc]  # Keras has no types
     """As `keras.layers.Embedding`, with any integers as ids and the rows of a table; on TensorFlow and PyTorch.
 
     In training it pulls and pushes; else it only reads, and leaves no trace in the table. The table's rows are no part of what

@@ -186,7 +186,13 @@ class Steps:
             k, i = places[id(variable)]
             held[k][i] = tensor
 
+        def hand_over() -> None:
+            """Let the model find its state, also where an error ends the fit."""
+            model._jax_state = dict(zip(_STATE, held, strict=True))
+            model._jax_state_synced = False
+
         data = next(iterator)
+        hand_over()
         if self.is_fresh:
             self._begin(read_held, write)
         link.bind(write)
@@ -194,9 +200,8 @@ class Steps:
             logs, held[1:] = self._function(held[0], held[1:], data)
         try:
             link.finish(optimizer, read_held, write)
-        finally:  # what went into the step is no more: also who catches an error finds the model whole
-            model._jax_state = dict(zip(_STATE, held, strict=True))
-            model._jax_state_synced = False
+        finally:
+            hand_over()
         return logs, tuple(held)
 
     def _build(self, iterator: Any) -> Any:

@@ -68,7 +68,9 @@ class ParameterServerStrategy:
     @contextmanager
     def scope(self) -> Iterator[None]:
         """Within the block `compile` gives the model's optimizer to the servers."""
-        original, had, session = keras.Model.compile, vars(keras.Model).get("compile"), self.session
+        # Where it is defined: a model whose own class had another would not be compiled as it is loaded.
+        owner = next(kind for kind in keras.Model.__mro__ if "compile" in vars(kind))
+        original, session = owner.compile, self.session
 
         @wraps(original)
         def compile_for_servers(model: keras.Model, optimizer: Any = "rmsprop", *args: Any, **kwargs: Any) -> None:
@@ -78,14 +80,11 @@ class ParameterServerStrategy:
                 Optimizer(inner, session=session)
             original(model, optimizer, *args, **kwargs)
 
-        keras.Model.compile = compile_for_servers
+        owner.compile = compile_for_servers
         try:
             yield
         finally:
-            if had is None:
-                del keras.Model.compile
-            else:
-                keras.Model.compile = had
+            owner.compile = original
 
     def get_config(self) -> dict[str, Any]:
         """Return the job's settings, as this worker sees them."""
@@ -99,7 +98,7 @@ class ParameterServerStrategy:
         }
 
 
-class Optimizer(keras.optimizers.Optimizer):
+class Optimizer(keras.optimizers.Optimizer):  # type: ignore[misc]  # Keras has no types
     """A Keras optimizer whose state lies on the job's servers.
 
     optimizer: "sgd", "adagrad", "rmsprop", "adam", "adamw" or an object of Keras's. That object itself becomes ours, so that whoever
@@ -112,6 +111,7 @@ class Optimizer(keras.optimizers.Optimizer):
     """
 
     link: Link
+    built: bool
 
     def __new__(cls, optimizer: Any, *, session: Session | None = None) -> Optimizer:
         """Return Keras's own object, made one of ours."""
@@ -133,7 +133,7 @@ class Optimizer(keras.optimizers.Optimizer):
             self.built = False
         _hook_models()
 
-    @property
+    @property  # type: ignore[misc]  # isinstance() and serialization ask for it
     def __class__(self) -> Any:
         """Keras's own: it is what a saved model names, which therefore loads without Headwater."""
         return _kind_of(self)
@@ -151,11 +151,16 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def register(self, variables: Sequence[Any]) -> None:
         """Put variables under the job's care; they take the job's values. `fit` does it by itself."""
+        if BACKEND == "jax" and self.gradient_accumulation_steps:
+            raise SettingError(
+                "Expected no gradient_accumulation_steps in a loop of one's own on JAX, where Keras makes each step and takes it back: "
+                "gather gradients in the loop, or use fit()."
+            )
         self.build(variables)
         self.link.begin(self, read, assign, policy=keras.config.dtype_policy().name)
         self.link.bind(assign)
 
-    @uncompiled
+    @uncompiled  # type: ignore[untyped-decorator]
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
     ) -> None:
@@ -219,6 +224,7 @@ class Link:
         self._averaged: dict[str, Any] = {}  # variables that layers update as they are trained
         self._decays: list[float] = []  # by parameter group
         self._side = -1  # where the variables lie
+        self._held: dict[str, np.ndarray] = {}  # and that side's arrays
         self._first = 0  # iterations when the job began
         self._gathered = 1  # iterations that make a step
         self._seen = 0  # iterations after the last one
@@ -261,7 +267,8 @@ class Link:
         self._averaged = {v.path: v for v in averaged}
         specs += [_spec(v, AVERAGED) for v in averaged]
         self._gathered = optimizer.gradient_accumulation_steps or 1
-        job = {"policy": policy, "iterations": int(read(optimizer._iterations))}
+        self._first = int(read(optimizer._iterations))
+        job = {"policy": policy, "iterations": self._first}
         known = self.session.registered
         if known is None:
             unused = {name: np.zeros(variable.shape, np.float32) for name, variable in self._averaged.items()}
@@ -269,7 +276,7 @@ class Link:
                 slot: {name: held[i] for i, name in self._names.items()} | unused
                 for slot, held in (self.start or {}).items()
             }
-            steps = (job["iterations"] // self._gathered,) * len(specs)
+            steps = (self._first // self._gathered,) * len(specs)
             values = {name: read(kept[i]) for i, name in self._names.items()}
             values |= {name: read(variable) for name, variable in self._averaged.items()}
             self.session.register_specs(specs, values, self.settings, start=Start(slots, steps, {_KEY: job}))
@@ -319,11 +326,13 @@ class Link:
             self._clear(write)
             if mark.max() > 1:
                 raise UsageError("Expected one step of the optimizer in a train_step, got several.")
-            self.exchange({i: read(self.outbox[i]) for i in np.flatnonzero(mark)}, float(read(self.rate)), read, write)
+            self.exchange(
+                {i: read(self.outbox[i]) for i in np.flatnonzero(mark).tolist()}, float(read(self.rate)), read, write
+            )
         elif not has_stepped:
             if self._seen != before:  # gradients are still gathered
                 return
-            self.exchange(None, self.settings.lr, read, write)
+            self.exchange(None, self.settings.scalars()["lr"], read, write)
         self._has_stepped = False
         self._align(optimizer, write, self._seen)
 
@@ -352,14 +361,14 @@ class Link:
     def _copy_in(self, gradients: Mapping[int, np.ndarray], read: Read) -> bytes:
         """Copy what there is to push into the push buffer; returns the bits of what is missing."""
         views, held = self.session.gradients, self.session.parameters
-        found = {name: gradients.get(i) for i, name in self._names.items()}
+        found: dict[str, np.ndarray | None] = {name: gradients.get(i) for i, name in self._names.items()}
         for name, variable in self._averaged.items():
             value = read(variable)
             found[name] = None if np.array_equal(value, held[name]) else value
-        for name, value in found.items():
-            if value is not None:
-                np.copyto(views[name], value)
-        return pack_absent([value is None for value in found.values()])
+        for name, pushed in found.items():
+            if pushed is not None:
+                np.copyto(views[name], pushed)
+        return pack_absent([pushed is None for pushed in found.values()])
 
     def _scalars(self, rate: float) -> list[tuple[float, ...]]:
         """Return what travels with a push, by parameter group."""
@@ -380,7 +389,7 @@ class Link:
         if self._side == self.session.side:
             return
         self._side = self.session.side
-        held = self.session.parameters
+        self._held = held = self.session.parameters
         for i, name in self._names.items():
             write(self.variables[i], to_tensor(held[name], self.variables[i].dtype))
         for name, variable in self._averaged.items():
@@ -388,10 +397,10 @@ class Link:
 
     def release(self) -> None:
         """Give variables memory of their own, until the next step."""
-        self._side = -1
-        for i, name in self._names.items():
-            tensor = to_tensor(self.session.parameters[name], self.variables[i].dtype, copy=True)
-            assign(self.variables[i], tensor)
+        if self._side >= 0:  # else a fit has failed before its first step, which is the error to be told
+            self._side = -1
+            for i, name in self._names.items():
+                assign(self.variables[i], to_tensor(self._held[name], self.variables[i].dtype, copy=True))
 
     def read_slots(self) -> dict[str, list[np.ndarray]]:
         """Fetch the optimizer's state from the servers: slot → an array for each variable."""
