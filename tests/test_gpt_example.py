@@ -129,3 +129,10 @@ def test_rate_warms_up_and_ends_at_a_tenth() -> None:
         assert rates == sorted(rates[:WARM_UP]) + sorted(rates[WARM_UP:], reverse=True)
         assert max(rates) == pytest.approx(1.0)
         assert run.rate == pytest.approx(0.1)
+
+
+def test_example_trains_the_model_of_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its tied matrix goes to the servers once."""
+    (tmp_path / "text").write_text(TEXT)
+    main(["--small", "--transformers", "--text", str(tmp_path / "text"), "--steps", "2"])
+    assert "step 2: loss" in capsys.readouterr().out
