@@ -12,7 +12,14 @@ class GPT2(nn.Module):
     def __init__(self, vocabulary: int, context: int, width: int, depth: int) -> None:
         super().__init__()
         config = GPT2Config(
-            vocab_size=vocabulary, n_positions=context, n_embd=width, n_layer=depth, n_head=width // 32, use_cache=False
+            vocab_size=vocabulary,
+            n_positions=context,
+            n_embd=width,
+            n_layer=depth,
+            n_head=width // 32,
+            bos_token_id=None,  # the text has no beginning or end of its own
+            eos_token_id=None,
+            use_cache=False,
         )
         self.model = GPT2LMHeadModel(config)
 
