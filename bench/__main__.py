@@ -10,14 +10,15 @@ import sys
 import time
 from pathlib import Path
 
-from bench import core, durability, keras, report, tables
+from bench import core, durability, keras, models, report, tables
 from bench.harness import BenchError, Fleet
 
 #: One compute thread per process, as two workers on two cores need, and the token of every server of this run.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
-FIGURES = core.FIGURES | tables.FIGURES | durability.FIGURES | keras.FIGURES
-README = Path(__file__).resolve().parent.parent / "README.md"
+FIGURES = core.FIGURES | tables.FIGURES | durability.FIGURES | keras.FIGURES | models.FIGURES
+HOME = Path(__file__).resolve().parent.parent
+README = HOME / "README.md"
 
 
 def measure(name: str, machine: str) -> report.Result:
@@ -46,6 +47,7 @@ def main(names: list[str]) -> int:
         print(f"Expected figures among {', '.join(FIGURES)}, got {', '.join(unknown)}.", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.path.append(str(HOME / "examples"))  # inherited as what follows
     os.environ.update(ENVIRONMENT, HEADWATER_TOKEN=secrets.token_hex(16))  # inherited by every process of the run
     machine = report.machine()
     try:

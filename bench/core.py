@@ -37,9 +37,9 @@ FRAMEWORKS = ("torch", "keras", "jax", "tensorflow")
 Answer = tuple[list[Check], dict[str, float]]
 
 
-def start_server(fleet: Fleet) -> tuple[str, subprocess.Popen[str]]:
+def start_server(fleet: Fleet, *options: str) -> tuple[str, subprocess.Popen[str]]:
     """Start `headwater server`, with all cores for its kernels; returns its address and its process."""
-    command = [str(Path(sys.executable).with_name("headwater")), "server", "--listen", "tcp://127.0.0.1:0"]
+    command = [str(Path(sys.executable).with_name("headwater")), "server", "--listen", "tcp://127.0.0.1:0", *options]
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
     child = fleet.command([*command, "--stop-with-input"], environment)
     line = read_line(child)
@@ -190,12 +190,16 @@ def gpt(fleet: Fleet) -> Answer:
 
     def ddp(name: str, *size: int) -> Contestant:
         store = f"{fleet.folder}/{name}"
-        return Contestant(name, [fleet.start("bench.gpt.ddp_worker", store, i, 2, *size) for i in range(2)], turn_s=2.0)
+        return Contestant(
+            name,
+            [fleet.start("bench.training.ddp_worker", store, i, 2, -1, "gpt", *size) for i in range(2)],
+            turn_s=2.0,
+        )
 
     def headwater(name: str, *size: int) -> Contestant:
-        return Contestant(name, start_workers(fleet, "bench.gpt.our_worker", *size), turn_s=2.0)
+        return Contestant(name, start_workers(fleet, "bench.training.our_worker", "bsp", -1, "gpt", *size), turn_s=2.0)
 
-    probes = [fleet.start("bench.gpt.probe_communication", f"{fleet.folder}/probe", i, 2) for i in range(2)]
+    probes = [fleet.start("bench.training.probe_communication", f"{fleet.folder}/probe", i, 2) for i in range(2)]
     length, share = next(probe.ready() for probe in probes)
     print(f"  one sequence of {length} tokens: communication is {share:.0%} of DDP's step")
     full = headwater("headwater", 0, 0)

