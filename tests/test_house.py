@@ -84,7 +84,8 @@ def test_module_says_what_it_is(module: str) -> None:
 
 
 def test_public_names_are_listed_and_sorted() -> None:
-    assert headwater.__all__ == sorted(set(headwater._HOMES) - {"jax", "keras", "torch"})  # adapters, not for `import *`
+    adapters = {"jax", "keras", "torch"}  # not for `import *`
+    assert headwater.__all__ == sorted(set(headwater._HOMES) - adapters)
     for name in headwater.__all__:
         assert getattr(headwater, name) is vars(headwater)[name]
 
