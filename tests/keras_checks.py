@@ -11,6 +11,7 @@ import contextlib
 import json
 import sys
 import tempfile
+import tempfile
 import threading
 import time
 import traceback
@@ -543,7 +544,7 @@ def tables_embed() -> None:
         )
         assert table.stats().rows == 5
         with pytest.raises(errors.UsageError, match=r"session\.save"):
-            model.save("never.keras")
+            model.save(f"{tempfile.mkdtemp()}/never.keras")
 
 
 # What is wrong.
