@@ -11,7 +11,6 @@ import contextlib
 import json
 import sys
 import tempfile
-import tempfile
 import threading
 import time
 import traceback
