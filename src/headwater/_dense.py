@@ -108,7 +108,7 @@ class Shard:
         self.commit = 0
         self.side = 0  # the parameter buffer that is the state; a commit is made in another
         self._half = 0  # likewise of the two copies of everything else
-        self._target = 1
+        self._target = self._target_half = 1  # where what is prepared lies
         self.layout: Layout | None = None
         self._workers: dict[int, _Worker] = {}
         self._prepared = False
@@ -163,7 +163,7 @@ class Shard:
         foreseen, self._foreseen = self._foreseen, None
         self._prepared, self._standing = False, None
         self._specs = request.commits
-        self._target = self._free_side()
+        self._target, self._target_half = self._free_side(), self._free_half()
         for number, spec in enumerate(request.commits):
             missing = self._missing_push(spec)
             if missing is not None:
@@ -194,7 +194,7 @@ class Shard:
         """Apply commits to slice i, or to some of its blocks, beside the state; returns what `_kernels.apply` does."""
         s = self.part.slices[i]
         source = self._kernel_planes(i, s, self.side, self._half)
-        target = self._kernel_planes(i, s, self._target, self._free_half())
+        target = self._kernel_planes(i, s, self._target, self._target_half)
         return _kernels.apply(
             *self._step(s), s.lane.dtype, source, target, commits,
             threads=self.threads, level=self.level, blocks=blocks, sums=sums,
@@ -223,7 +223,7 @@ class Shard:
         if request.swap:
             if not self._prepared:
                 raise InternalError("Expected a prepared commit before a flip, got none.")
-            self.side, self._half = self._target, self._free_half()
+            self.side, self._half = self._target, self._target_half
             if self._standing is not None:
                 self._standing.has_counted = True
             self._prepared = False
@@ -323,7 +323,7 @@ class Shard:
         with self.lock:
             slices = self.part.slices if specs else []
             if slices:
-                self._target, half = self._free_side(), self._free_half()
+                self._target, self._target_half = self._free_side(), self._free_half()
                 for i, s in enumerate(slices):
                     commits = []
                     for k, (cells, rows) in enumerate(specs):
@@ -334,10 +334,10 @@ class Shard:
                     _kernels.apply(
                         *self._step(s), s.lane.master,
                         self._kernel_planes(i, s, self.side, self._half)[first:],
-                        self._kernel_planes(i, s, self._target, half)[first:],
+                        self._kernel_planes(i, s, self._target, self._target_half)[first:],
                         commits, threads=self.threads, level=self.level, check=False,
                     )  # fmt: skip
-                self._convert_masters(self._target, half)
+                self._convert_masters(self._target, self._target_half)
             self._prepared = bool(specs)
             return blobs[len(specs) * len(slices) :]
 
@@ -459,7 +459,7 @@ class Shard:
     def foresee(self, spec: CommitSpec) -> Foreseen:
         """Begin to apply a commit whose last push has just begun to arrive in its worker's inbox."""
         with self.lock:
-            self._target = self._free_side()
+            self._target, self._target_half = self._free_side(), self._free_half()
             self._foreseen = Foreseen(spec)
             return self._foreseen
 
