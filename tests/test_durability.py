@@ -231,14 +231,14 @@ def test_each_push_counts_once_whatever_dies_when(
     with cluster_of(tmp_path, kind, servers=servers, workers=workers, consistency=consistency) as cluster:
 
         def work(session: hw.Session) -> None:
-            register(session, hw.optim.SGD(lr=1.0))
+            session.register({"b": INITIAL["b"]}, hw.optim.SGD(lr=1.0))
             for step in range(steps):
-                session.step(gradient(step, session.index))
+                session.step({"b": gradient(step, session.index)["b"]})
 
         with cluster.harassed(0, lambda rng: cluster.restart(int(rng.integers(servers)))):
             cluster.run(work)
         with cluster.connect() as session:
-            register(session, hw.optim.SGD(lr=1.0))
+            session.register({"b": INITIAL["b"]}, hw.optim.SGD(lr=1.0))
             share = workers if consistency.kind == "bsp" else 1
             total = sum(gradient(s, w)["b"] for s in range(steps) for w in range(workers)) / share
             assert np.abs(session.pull()["b"] + total).max() <= (1e-3 if share > 1 else 0)
