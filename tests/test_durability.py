@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +18,7 @@ from jobs import PATIENCE_S, TOKEN, assert_equal_bits, read_all
 import headwater as hw
 from headwater import durability
 from headwater._errors import PeerLostError
+from headwater._keeper import Feed
 from headwater._table import RowChanges, Rows
 from headwater._transport import Address
 
@@ -167,11 +168,6 @@ def gradient(step: int, worker: int = 0) -> dict[str, npt.NDArray[np.float32]]:
     return {name: rng.integers(-8, 9, a.shape).astype(np.float32) for name, a in INITIAL.items()}
 
 
-def trained(arrays: dict[str, npt.NDArray[np.float32]]) -> dict[str, npt.NDArray[np.float32]]:
-    """Leave out what is averaged."""
-    return {name: array for name, array in arrays.items() if name != "mean"}
-
-
 def undisturbed(steps: int, optimizer: hw.optim.AnyOptimizer) -> dict[str, npt.NDArray[Any]]:
     with hw.connect() as session:
         register(session, optimizer)
@@ -236,17 +232,43 @@ def test_each_push_counts_once_whatever_dies_when(
     with cluster_of(tmp_path, kind, servers=servers, workers=workers, consistency=consistency) as cluster:
 
         def work(session: hw.Session) -> None:
-            session.register(trained(INITIAL), hw.optim.SGD(lr=1.0))
+            register(session, hw.optim.SGD(lr=1.0))
             for step in range(steps):
-                session.step(trained(gradient(step, session.index)))
+                session.step(gradient(step, session.index))
 
         with cluster.harassed(0, lambda rng: cluster.restart(int(rng.integers(servers)))):
             cluster.run(work)
         with cluster.connect() as session:
-            session.register(trained(INITIAL), hw.optim.SGD(lr=1.0))
+            register(session, hw.optim.SGD(lr=1.0))
             share = workers if consistency.kind == "bsp" else 1
             total = sum(gradient(s, w)["b"] for s in range(steps) for w in range(workers)) / share
             assert np.abs(session.pull()["b"] + total).max() <= (1e-3 if share > 1 else 0)
+
+
+@transports
+def test_a_follower_gives_up_what_another_server_lacked(
+    tmp_path: Path, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leader goes back, and says the commit of that number again, with another content."""
+    optimizer = hw.optim.SGD(lr=1.0)
+    send = Feed.send
+    with (
+        cluster_of(tmp_path, durability.replicated(1, 0), transport=transport) as cluster,
+        cluster.connect() as session,
+    ):
+        register(session, optimizer)
+        session.step(gradient(0))
+
+        def send_twice(feed: Feed, head: bytes, blobs: Sequence[memoryview]) -> None:
+            send(feed, head, [memoryview(bytes(blob.nbytes)) for blob in blobs])
+            send(feed, head, blobs)
+
+        monkeypatch.setattr(Feed, "send", send_twice)
+        session.step(gradient(1))
+        session.step(gradient(2))
+        monkeypatch.undo()
+        cluster.restart(0)
+        assert_equal_bits(read_all(session), undisturbed(3, optimizer))
 
 
 def row_gradients(step: int, worker: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:

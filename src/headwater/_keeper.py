@@ -274,6 +274,8 @@ class Keeper:
         assert self._book is not None
         if record.change.serial <= self._book.serial:
             return
+        if self._pending is not None and record.change.serial <= self._pending.serial:
+            self._pending = None  # another server lacked it when it was lost: the job went on without
         if self._pending is not None:
             self._shard.handle(Flip(self._pending.commit, self._shard.is_prepared))
         if record.change.commit == self._book.commit:
