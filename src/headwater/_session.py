@@ -850,13 +850,15 @@ class Session:
             dense.put("parameters", values)
             answer = self._ask_once(Initialised(), Registered)
         dense.attach_again(answer.side)
-        is_current = not answer.went_back
-        if self.consistency.kind == "bsp":  # a gradient of another clock is of no use
-            has_counted = self._is_pending and answer.answered == self._sequence
-            is_current = is_current and (answer.clock == self.clock or has_counted)
+        has_counted = self._is_pending and answer.answered == self._sequence
+        is_current = has_counted or not answer.went_back
+        if self.consistency.kind == "bsp" and not has_counted:  # a gradient of another clock is of no use
+            is_current = is_current and answer.clock == self.clock
         if tables is not None:
             tables.resume(stages=is_current)
         if is_current:
+            for data in self._leased.values() if answer.went_back else ():
+                data.rolled_back()
             if self._is_pending:
                 dense.send(self._seal, pull=self._wants_pull)
             return
