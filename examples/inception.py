@@ -4,29 +4,17 @@
     headwater run -n 2 --consistency asp examples/inception.py     # nobody waits for the other
     python examples/inception.py                                   # one worker, the server inside its process
 
-What Headwater adds to an ordinary training script, all in `train` and `main`: it connects, hands the model to the job's optimizer,
-and `session.shard` leases the batches of each epoch to whoever asks. Every digit is used once per epoch, however fast workers are and
-whether or not they all live.
+The network is here; it is trained as the ResNet beside it is, by `resnet.run`.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Sequence
 
-import digits
+import resnet
 import torch
-from digits import Digits
 from mnist import CLASSES
-from schedule import set_rate, share_of_batch, share_of_peak
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.data import DataLoader
-
-import headwater as hw
-
-EVALUATE_EVERY = 100  # steps
 
 
 class Convolution(nn.Sequential):
@@ -86,42 +74,8 @@ class Inception(nn.Sequential):
         )
 
 
-def train(
-    session: hw.Session, model: nn.Module, training: Digits, held_out: Digits, options: argparse.Namespace
-) -> None:
-    """Use every digit once in each epoch, moved a little by chance; worker 0 looks now and then how well others are read."""
-    rate = options.rate * share_of_batch(session)
-    settings = hw.optim.SGD(lr=rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    optimizer = hw.torch.Optimizer(model, settings, session=session)  # the changed line
-    loader = DataLoader(training, options.batch, shuffle=True, drop_last=True)
-    steps = options.epochs * len(loader) // session.workers
-    torch.manual_seed(hash((options.seed, session.index)))  # moves other digits in each worker
-    for images, labels in session.shard(loader, epochs=options.epochs, seed=options.seed):
-        loss = functional.cross_entropy(model(images), labels)
-        loss.backward()
-        set_rate(optimizer, rate * share_of_peak(session.clock, steps, warm_up=steps // 4))
-        optimizer.step()  # push gradients, pull parameters
-        optimizer.zero_grad()
-        session.report(loss=loss.item())
-        if session.index == 0 and session.clock % EVALUATE_EVERY == 0:
-            found = digits.accuracy(model, held_out)
-            session.report(held_out=found)
-            print(f"step {session.clock}: loss {loss.item():.3f}, held-out accuracy {found:.1%}")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = digits.parse_options("Train a small Inception on handwritten digits with Headwater.", arguments)
-    training, held_out = digits.load(options.data)
-    torch.manual_seed(options.seed)
-    model = Inception()
-    with hw.connect() as session:  # $HEADWATER_ADDRESS, or a server inside this process
-        start = time.monotonic()
-        train(session, model, training, held_out, options)
-        if session.index == 0:
-            found, seconds = digits.accuracy(model, held_out), time.monotonic() - start
-            print(
-                f"Inception reads {found:.2%} of {len(held_out)} held-out digits rightly, after {session.clock} steps and {seconds:.0f} s"
-            )
+    resnet.run(Inception, arguments)
 
 
 if __name__ == "__main__":

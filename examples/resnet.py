@@ -4,7 +4,7 @@
     headwater run -n 2 --consistency asp examples/resnet.py     # nobody waits for the other
     python examples/resnet.py                                   # one worker, the server inside its process
 
-What Headwater adds to an ordinary training script, all in `train` and `main`: it connects, hands the model to the job's optimizer,
+What Headwater adds to an ordinary training script, all in `train` and `run`: it connects, hands the model to the job's optimizer,
 and `session.shard` leases the batches of each epoch to whoever asks. Every digit is used once per epoch, however fast workers are and
 whether or not they all live.
 """
@@ -88,19 +88,25 @@ def train(
             print(f"step {session.clock}: loss {loss.item():.3f}, held-out accuracy {found:.1%}")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = digits.parse_options("Train a small ResNet on handwritten digits with Headwater.", arguments)
+def run(network: type[nn.Module], arguments: Sequence[str] | None) -> None:
+    """Make a network, train it as the arguments say, and tell how well it reads."""
+    options = digits.parse_options(f"Train a small {network.__name__} on handwritten digits with Headwater.", arguments)
     training, held_out = digits.load(options.data)
     torch.manual_seed(options.seed)
-    model = ResNet()
+    model = network()
     with hw.connect() as session:  # $HEADWATER_ADDRESS, or a server inside this process
         start = time.monotonic()
         train(session, model, training, held_out, options)
         if session.index == 0:
             found, seconds = digits.accuracy(model, held_out), time.monotonic() - start
             print(
-                f"ResNet reads {found:.2%} of {len(held_out)} held-out digits rightly, after {session.clock} steps and {seconds:.0f} s"
+                f"{network.__name__} reads {found:.2%} of {len(held_out)} held-out digits rightly, after {session.clock} steps "
+                f"and {seconds:.0f} s"
             )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    run(ResNet, arguments)
 
 
 if __name__ == "__main__":

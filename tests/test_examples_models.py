@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from inception import Inception
 from mnist import SIDE
 from resnet import ResNet
 from schedule import WARM_UP, share_of_peak
+from test_examples_tables import number
 from text import VOCABULARY, paragraphs_of_topics
 
 EXAMPLES = Path(digits.__file__).parent
@@ -40,12 +40,6 @@ def run(example: str, *options: str, consistency: str = "bsp", environment: Mapp
     return done.stdout
 
 
-def percent(pattern: str, text: str) -> float:
-    found = re.search(pattern, text)
-    assert found, f"no {pattern!r} in {text}"
-    return float(found[1])
-
-
 @pytest.fixture(scope="module")
 def made_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write 800 made digits in MNIST's format: a pattern of blots for each, the same but for noise."""
@@ -63,20 +57,20 @@ def made_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("example", "consistency"), [("resnet", "bsp"), ("inception", "asp")])
 def test_images_are_read_better_than_by_guessing(example: str, consistency: str, made_digits: Path) -> None:
     said = run(f"{example}.py", "--data", str(made_digits), "--epochs", "4", consistency=consistency)
-    assert percent(r"reads ([\d.]+)% of 160 held-out digits", said) > 50
+    assert number(r"reads ([\d.]+)% of 160 held-out digits", said) > 50
 
 
 @pytest.mark.slow
 def test_images_are_read_with_keras(made_digits: Path) -> None:
     said = run("resnet_keras.py", "--data", str(made_digits), "--epochs", "4", environment={"KERAS_BACKEND": "jax"})
-    assert percent(r"reads ([\d.]+)% of 160 held-out digits", said) > 50
+    assert number(r"reads ([\d.]+)% of 160 held-out digits", said) > 50
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("library", [[], ["--transformers"]], ids=["own", "transformers"])
 def test_bert_goes_on_from_text_to_topics(library: list[str]) -> None:
     said = run("bert.py", "--epochs", "1", "1", "--batch", "16", *library)
-    percent(r"tells the topic of ([\d.]+)% of \d+ held-out paragraphs; the largest topic is [\d.]+% of them", said)
+    number(r"tells the topic of ([\d.]+)% of \d+ held-out paragraphs; the largest topic is [\d.]+% of them", said)
 
 
 def test_a_rate_warms_up_and_stays_at_a_tenth_past_its_end() -> None:
