@@ -173,9 +173,8 @@ class Coordinator:
         self._queue: deque[Commit] = deque()
         self._settling = 0  # first snapshots of what was registered or declared that are being taken
         self._is_busy = False  # somebody speaks to the servers
-        self._spoken_to: list[_Server | None] | None = (
-            None  # by them; who takes the place of one meanwhile does not know what it is about
-        )
+        # By them; who takes the place of one meanwhile does not know what it is about.
+        self._spoken_to: list[_Server | None] | None = None
         self._reserved = 0  # who wants to, before the next commit
         self._holder: tuple[int, float] | None = None
         self._failure: HeadwaterError | None = None

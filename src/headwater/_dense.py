@@ -366,9 +366,8 @@ class Shard:
         names = (*(("master",) if s.lane.dtype != s.lane.master else ()), *self.optimizer.slots)
         planes = {name: zeroed(size).view(s.lane.master) for name in names}
         for slot in self.optimizer.slots:
-            if (
-                self.optimizer.initial(slot) != 0.0 and not s.lane.is_averaged
-            ):  # else no page is touched before it is used
+            # Else no page is touched before it is used.
+            if self.optimizer.initial(slot) != 0.0 and not s.lane.is_averaged:
                 planes[slot][:] = self.optimizer.initial(slot)
         return planes
 

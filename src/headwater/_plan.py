@@ -94,9 +94,8 @@ class Plan(NamedTuple):
 
 def scaled(spec: CommitSpec, factor: float) -> CommitSpec:
     """Return the same commit with its gradient multiplied by a factor."""
-    factors = np.repeat(
-        [factor if row else 1.0 for row in spec.rows], len(spec.pushes)
-    )  # what is averaged has no scalars
+    # What is averaged has no scalars.
+    factors = np.repeat([factor if row else 1.0 for row in spec.rows], len(spec.pushes))
     return msgspec.structs.replace(spec, coefficients=(np.frombuffer(spec.coefficients) * factors).tobytes())
 
 
