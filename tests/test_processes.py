@@ -204,13 +204,13 @@ def test_a_worker_that_fails_before_the_first_commit_fails_the_job(machine: Mach
     output = machine.steps("0", "1:0:fail")
     assert output.finish() == 1
     assert "RuntimeError: on purpose" in output.text
-    assert "headwater: worker 1 ended with exit status 1 before its first commit; the job ends." in output.lines
+    assert "headwater: worker 1 ended with exit status 1 before its first commit; the job ends." in output.lines, output.text
 
 
 def test_a_worker_that_fails_later_leaves_the_others_to_finish(machine: Machine) -> None:
     output = machine.steps("6", "1:3:exit7", workers=3)
     assert output.finish() == 7
-    assert "headwater: worker 1 ended with exit status 7; the others go on." in output.lines
+    assert "headwater: worker 1 ended with exit status 7; the others go on." in output.lines, output.text
     assert sorted(line for line in output.lines if "ends" in line) == [
         "worker 0 ends at -5.0 -5.0",
         "worker 2 ends at -5.0 -5.0",
@@ -251,8 +251,8 @@ def test_a_worker_killed_before_its_push_is_sealed_counts_on_no_server(
     assert accepted == "1"
     assert float(released) - death < SOON_S
     assert output.finish() == 128 + signal.SIGKILL
-    assert "headwater: worker 1 ended by SIGKILL; the others go on." in output.lines
-    assert "worker 0 ends at -5.0 -5.0" in output.lines
+    assert "headwater: worker 1 ended by SIGKILL; the others go on." in output.lines, output.text
+    assert "worker 0 ends at -5.0 -5.0" in output.lines, output.text
 
 
 @servers
@@ -264,7 +264,7 @@ def test_a_worker_killed_between_its_rows_and_its_seal_leaves_no_row(
     killed(output)
     assert output.wait_for(r"worker 0 has (.*)")[1] == "9 rows of -0.5 to -0.5"  # one of two workers had a gradient
     assert output.finish() == 128 + signal.SIGKILL
-    assert "worker 0 ends at -5.0 -5.0" in output.lines
+    assert "worker 0 ends at -5.0 -5.0" in output.lines, output.text
 
 
 @servers
@@ -272,7 +272,7 @@ def test_a_worker_killed_after_its_push_is_sealed_counts(machine: Machine, serve
     output = machine.steps("6", "1:3:sealed", servers=servers)
     assert output.wait_for(r"worker 0 made step 3 with (\d)")[1] == "2"
     assert output.finish() == 128 + signal.SIGKILL
-    assert "worker 0 ends at -5.0 -5.0" in output.lines
+    assert "worker 0 ends at -5.0 -5.0" in output.lines, output.text
 
 
 @servers
@@ -305,7 +305,7 @@ def test_a_killed_server_ends_the_job_with_a_word(machine: Machine, victim: int)
         output.wait_for("is under way")
     os.kill(machine.servers()[victim], signal.SIGKILL)
     assert output.finish() == 1
-    assert f"headwater: server {victim} ended by SIGKILL; the job cannot go on." in output.lines
+    assert f"headwater: server {victim} ended by SIGKILL; the job cannot go on." in output.lines, output.text
 
 
 @servers
@@ -352,7 +352,7 @@ def test_a_killed_worker_is_started_again_and_the_job_ends_well(machine: Machine
     assert int(clock) >= 3
     assert float(held) == 1.0 - int(clock)
     assert output.finish() == 0, output.text
-    assert "headwater: worker 1 ended by SIGKILL; it is started again, restart 1 of 3." in output.lines
+    assert "headwater: worker 1 ended by SIGKILL; it is started again, restart 1 of 3." in output.lines, output.text
     assert ends(output) == ALL_END
 
 
@@ -371,7 +371,7 @@ def test_a_worker_that_fails_when_it_is_started_again_is_not_started_a_third_tim
     output = again(machine, "dies_and_fails", restarts=3)
     assert output.finish() == 1
     assert output.text.count("RuntimeError: on purpose") == 1
-    assert "headwater: worker 1 ended with exit status 1 before its first commit; the others go on." in output.lines
+    assert "headwater: worker 1 ended with exit status 1 before its first commit; the others go on." in output.lines, output.text
     assert ends(output) == [ALL_END[0], ALL_END[2]]
 
 
@@ -397,7 +397,7 @@ def test_a_worker_that_gets_sigterm_leaves_the_job_and_ends_with_143(machine: Ma
     os.kill(victim, signal.SIGTERM)
     output.wait_for("worker 1 leaves, and has left: True")
     assert output.finish() == 143
-    assert "headwater: worker 1 ended with exit status 143; the others go on." in output.lines
+    assert "headwater: worker 1 ended with exit status 143; the others go on." in output.lines, output.text
     assert ends(output) == [ALL_END[0], ALL_END[2]]
 
 
@@ -442,7 +442,7 @@ def test_an_interrupted_job_saves_what_was_learnt(
         output.wait_for("is under way")
     output.process.send_signal(number)
     assert output.finish() == 130
-    assert f"headwater: saved to {path}" in output.lines
+    assert f"headwater: saved to {path}" in output.lines, output.text
     with hw.connect() as session:
         session.load(path)
         session.register({"w": np.ones(SIZE, np.float32)}, hw.optim.SGD(lr=1.0))
@@ -455,7 +455,7 @@ def test_an_interruption_before_the_first_commit_has_nothing_to_save(machine: Ma
     output.wait_for("sleeps")
     output.process.send_signal(signal.SIGINT)
     assert output.finish() == 130
-    assert "headwater: nothing was learnt yet, so nothing is saved." in output.lines
+    assert "headwater: nothing was learnt yet, so nothing is saved." in output.lines, output.text
     assert not (tmp_path / "saved").exists()
 
 

@@ -382,4 +382,5 @@ def _describe(code: int) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"headwater: {text}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"headwater: {text}\n")  # in one piece, which print does not: workers write there too
+    sys.stderr.flush()
