@@ -26,7 +26,7 @@ $(READY): pyproject.toml CMakeLists.txt constraints.txt $(wildcard src/kernels/*
 	@echo "Setting up .venv: PyTorch and the native code, some minutes the first time."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt cmake ninja scikit-build-core nanobind torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[torch]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[torch,serve]'
 	touch $@
 
 $(FRAMEWORKS): $(READY)
