@@ -31,3 +31,4 @@ SEQUENCES = 1 << 14  # of workers' pushes to tables that are remembered
 DATASETS = 1024  # that are leased
 LEASES = 1024  # pieces of one dataset that one worker holds
 PIECE_UNITS = 1024  # leased at once, unless the job says so
+PUBLISH_S = 120.0  # a publisher waits for others that write to the same store for so long
