@@ -32,3 +32,6 @@ DATASETS = 1024  # that are leased
 LEASES = 1024  # pieces of one dataset that one worker holds
 PIECE_UNITS = 1024  # leased at once, unless the job says so
 PUBLISH_S = 120.0  # a publisher waits for others that write to the same store for so long
+LOOK_S = 0.05  # between looks at a tag on this machine
+LOOK_FAR_S = 1.0  # behind an fsspec URL
+LOOK_AGAIN_S = 5.0  # until a version that could not be read is tried again
