@@ -656,8 +656,9 @@ AnyMessage = (
     | Flip | Flipped | Enroll | Leave | Hold | Held | Resume | StateGet | State | StateSet | Report | StatsGet | Stats
     | Recall | Recalled | Restore | Restored | Persist | SnapshotBegin | Pin | SnapshotGet | SnapshotState | Unpin
     | FeedTo | FeedLost | Apply | SnapshotTake | SnapshotTaken
-    | Declare | Declared | OpenTable | Room | PullRows | PulledRows | WarmRows | PushRows | Gather | Track | ChangesGet | MakeRoom
-    | Changed | PageGet | Page | PagePut | TableStatsGet | TableStats | LeaseTake | Leased | SetAside | Release
+    | Declare | Declared | OpenTable | Room | PullRows | PulledRows | WarmRows | PushRows | Gather | Track | ChangesGet
+    | Changed | PageGet | Page | PagePut | TableStatsGet | TableStats | LeaseTake | Leased
+    | MakeRoom | SetAside | Release
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
