@@ -285,6 +285,109 @@ def restore(store: str, folder: str) -> None:
     click.echo(f"commit {commit} of {store} is in {folder}")
 
 
+# Versions.
+
+_store = click.option(
+    "--store",
+    envvar="HEADWATER_VERSIONS",
+    default="versions",
+    show_default=True,
+    metavar="FOLDER",
+    help="Where versions are: a folder or an fsspec URL; default: $HEADWATER_VERSIONS.",
+)
+
+
+@main.command()
+@click.argument("source", envvar="HEADWATER_ADDRESS")
+@_store
+@click.option("--tag", help="Let this tag point at it.")
+@click.option(
+    "--metric", "metrics", multiple=True, metavar="NAME=NUMBER", help="Keep a number with it; may be repeated."
+)
+@click.option("--attach", multiple=True, type=click.Path(path_type=Path), help="Copy this file beside the weights.")
+def publish(source: str, store: str, tag: str | None, metrics: tuple[str, ...], attach: tuple[Path, ...]) -> None:
+    """Publish the parameters of SOURCE as a version.
+
+    SOURCE is a running job's address, default $HEADWATER_ADDRESS, or the folder of a saved job or of a job's store. A job's token is in
+    HEADWATER_TOKEN.
+    """
+    from headwater._publishing import read_saved
+    from headwater._session import connect_session
+    from headwater._versions import Versions
+
+    numbers = {name: _number(name, text) for name, _, text in (metric.partition("=") for metric in metrics)}
+    if source.startswith(("tcp://", "unix://")):
+        with connect_session(source, role="observer") as session:
+            version = session.publish(tag, store=store, metrics=numbers, attach=attach).result()
+        assert version is not None
+    else:
+        arrays, dtypes, commit = read_saved(source)
+        version = Versions(store).publish(arrays, dtypes=dtypes, commit=commit, metrics=numbers, tag=tag, attach=attach)
+    click.echo(f"version {version.id}, of commit {version.commit:,}, is in {store}" + (f", as {tag}" if tag else ""))
+
+
+@main.command()
+@_store
+def versions(store: str) -> None:
+    """List the versions in a store, and their tags."""
+    from headwater._versions import Versions, describe
+
+    click.echo(describe(Versions(store)), nl=False)
+
+
+@main.command()
+@_store
+@click.argument("name")
+@click.argument("version", required=False)
+@click.option("--remove", is_flag=True, help="Remove the tag.")
+def tag(store: str, name: str, version: str | None, remove: bool) -> None:
+    """Let the tag NAME point at VERSION, a number or another tag; back to an older one is how to roll back.
+
+    Without VERSION, say where it points.
+    """
+    from headwater._versions import Versions
+
+    known = Versions(store)
+    if remove:
+        known.untag(name)
+    elif version is None:
+        click.echo(known.resolve(name))
+    else:
+        click.echo(f"{name} is version {known.tag(name, version)}")
+
+
+@main.command()
+@_store
+@click.argument("one")
+@click.argument("other")
+def diff(store: str, one: str, other: str) -> None:
+    """Say how version OTHER differs from version ONE, numbers or tags. Exit status 1: it does."""
+    from headwater._versions import Versions, describe_differences
+
+    text, are_same = describe_differences(Versions(store), one, other)
+    click.echo(text, nl=False)
+    sys.exit(0 if are_same else 1)
+
+
+@main.command()
+@_store
+@click.argument("version")
+@click.argument("folder")
+def fetch(store: str, version: str, folder: str) -> None:
+    """Make FOLDER of VERSION, a number or a tag: model.safetensors and what was attached, as other tools load them."""
+    from headwater._versions import Versions
+
+    found = Versions(store).fetch(version, folder)
+    click.echo(f"version {found.id} is in {folder}")
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise click.BadParameter(f"{name}={text} is no NAME=NUMBER.", param_hint="--metric") from None
+
+
 def _stop_with_input(stopped: threading.Event) -> None:
     while os.read(0, 4096):  # not sys.stdin: its lock would be held when the interpreter ends
         pass
