@@ -27,6 +27,7 @@ ORDER = [
     "_plan", "_memory", "_transport", "_listener", "_table", "_dense",
     "_snapshots", "_keeper", "_coordinator", "_server",
     "_data", "_rows_file", "_peers", "_dense_link", "_table_link", "_lookup", "_session",
+    "_table_copy", "_replica", "_reader",
     "__init__",
     "_torch_embedding", "torch", "jax",
     "_keras_steps", "_keras_embedding", "keras",
