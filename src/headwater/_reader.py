@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from headwater._errors import ClosedError, LayoutError, PeerLostError, ProtocolError, SettingError, UsageError
-from headwater._limits import CONNECT_S, ROOM_BYTES, SILENCE_S
+from headwater._limits import CONNECT_S, ROOM_BYTES, SILENCE_S, SPIN_S
 from headwater._lookup import as_ids
 from headwater._memory import stack_buffers
 from headwater._messages import (
@@ -162,6 +162,7 @@ class Reader:
             raise
         is_here = connection.can_share and here.address.host == host_name()
         self._shares = is_here and self._transport != "tcp"
+        connection.spin_s = SPIN_S
 
     def _drop(self) -> None:
         if self._connection is not None:
