@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from headwater import _limits
 from headwater._errors import ClosedError, LayoutError, PeerLostError, ProtocolError, SettingError, UsageError
-from headwater._limits import CONNECT_S, ROOM_BYTES, SILENCE_S, SPIN_S
 from headwater._lookup import as_ids
 from headwater._memory import stack_buffers
 from headwater._messages import (
@@ -97,8 +97,8 @@ class Reader:
         return Found(out, missing)
 
     def _make_room(self, size: int) -> None:
-        if size > ROOM_BYTES:
-            raise LayoutError(f"Expected a batch of at most {ROOM_BYTES} bytes, got {size}: split it.")
+        if size > _limits.ROOM_BYTES:
+            raise LayoutError(f"Expected a batch of at most {_limits.ROOM_BYTES} bytes, got {size}: split it.")
         size = max(1 << (size - 1).bit_length(), _ROOM_BYTES)
         assert self._connection is not None
         self._room = np.empty(0, np.uint8)
@@ -150,11 +150,11 @@ class Reader:
 
     def _open(self) -> None:
         address = self._address
-        patience_s = min(self._timeout_s, CONNECT_S)
+        patience_s = min(self._timeout_s, _limits.CONNECT_S)
         if address.kind == "tcp" and address.is_local and self._transport != "tcp":
             address = nearest(address, self._hello, patience_s)
         self._connection = connection = connect(address, patience_s)
-        connection.set_timeout(min(self._timeout_s, SILENCE_S))
+        connection.set_timeout(min(self._timeout_s, _limits.SILENCE_S))
         try:
             here = self._ask(self._hello, Here)
         except BaseException:
@@ -162,7 +162,7 @@ class Reader:
             raise
         is_here = connection.can_share and here.address.host == host_name()
         self._shares = is_here and self._transport != "tcp"
-        connection.spin_s = SPIN_S
+        connection.spin_s = _limits.SPIN_S
 
     def _drop(self) -> None:
         if self._connection is not None:
@@ -187,7 +187,7 @@ class Reader:
 
 
 def lookup(
-    address: str, *, token: str | None = None, transport: str | None = None, timeout_s: float = SILENCE_S
+    address: str, *, token: str | None = None, transport: str | None = None, timeout_s: float = _limits.SILENCE_S
 ) -> Reader:
     """Connect to a replica, to look rows up: `lookup(address).pull("items", ids)`.
 

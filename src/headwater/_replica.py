@@ -30,6 +30,7 @@ from headwater._errors import (
     ProtocolError,
     SettingError,
     UnreachableError,
+    UsageError,
     WaitTimeoutError,
     warn,
 )
@@ -158,8 +159,9 @@ class Replica(Listener):
         self._count = 0  # of numbers
         self._has_looked = False
         self._trouble = ""
-        session = self._connect(returns=False)
-        self._follower = threading.Thread(target=self._follow_always, args=(session,), name="follow", daemon=True)
+        self._refusal: UsageError | None = None  # before everything has come once
+        self._session: Session | None = self._connect(returns=False)
+        self._follower = threading.Thread(target=self._follow_always, name="follow", daemon=True)
         self._follower.start()
         try:
             self._wait_whole(timeout_s)
@@ -178,19 +180,28 @@ class Replica(Listener):
         )  # fmt: skip
         return _Observer(self._target, hello=hello, transport="auto", timeout_s=600.0)
 
-    def _follow_always(self, session: Session | None) -> None:
-        while not self._is_closed:
-            try:
-                session = session or self._connect(returns=True)
-                self._follow(session)
-            except HeadwaterError as error:
-                self._note(str(error))
-            finally:
-                if session is not None:
-                    session.close()
-                session = None
-            with self._changed:
-                self._changed.wait_for(lambda: self._is_closed, _limits.AGAIN_S)
+    def _follow_always(self) -> None:
+        try:
+            while not self._is_closed:
+                try:
+                    self._session = self._session or self._connect(returns=True)
+                    self._follow(self._session)
+                except HeadwaterError as error:
+                    self._note(str(error))
+                    if isinstance(error, UsageError):
+                        self._refusal = error
+                finally:
+                    if self._session is not None:
+                        self._session.close()
+                    self._session = None
+                self._pause(_limits.AGAIN_S)
+        finally:
+            self._note("it follows no more: please report this")
+
+    def _pause(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._is_closed, seconds)
 
     def _follow(self, session: Session) -> None:
         """Follow the tables until the replica is closed. Raises what ends the connection."""
@@ -208,9 +219,7 @@ class Replica(Listener):
                 self._publish(stream)
             self._note("")
             if not more:
-                pause_s = max(self._interval_s, time.monotonic() - start)
-                with self._changed:
-                    self._changed.wait_for(lambda: self._is_closed, pause_s)
+                self._pause(max(self._interval_s, time.monotonic() - start))
 
     def _look(self, session: Session, streams: dict[int, _Stream], consumer: str) -> None:
         """Begin to follow the tables that are wanted and not yet followed."""
@@ -253,10 +262,25 @@ class Replica(Listener):
             return {name for name in wanted if name not in self._served or not self._served[name].is_whole}
 
         with self._changed:
-            if not self._changed.wait_for(lambda: self._has_looked and not missing(), timeout_s):
+            self._changed.wait_for(lambda: self._refusal or (self._has_looked and not missing()), timeout_s)
+            if self._has_looked and not missing():
+                return
+            if self._refusal is not None:
+                raise self._refusal
+            raise WaitTimeoutError(
+                f"Expected to have all tables within {timeout_s:g} s, got no end of {', '.join(sorted(missing())) or 'the job'}: "
+                f"{self._trouble or 'does any worker declare them?'}"
+            )
+
+    def wait(self, timeout_s: float = _limits.SILENCE_S) -> None:
+        """Wait until all that the job has now is here, of the tables that are served. Raises WaitTimeoutError."""
+        now = time.monotonic()
+        with self._changed:
+            served = list(self._numbered.values())
+            if not self._changed.wait_for(lambda: all(each.complete_s > now for each in served), timeout_s):
                 raise WaitTimeoutError(
-                    f"Expected to have all tables within {timeout_s:g} s, got no end of {', '.join(sorted(missing())) or 'the job'}: "
-                    f"{self._trouble or 'does any worker declare them?'}"
+                    f"Expected to have what the job at {self._job} has now within {timeout_s:g} s, got an older state: "
+                    f"{self._trouble or 'too much changes meanwhile'}"
                 )
 
     # The readers' side.
@@ -304,7 +328,11 @@ class Replica(Listener):
             self._changed.notify_all()
 
     def _ended(self) -> None:
-        self._follower.join(_limits.SILENCE_S)
+        self._follower.join(_limits.CLOSE_S)
+        session = self._session
+        if session is not None:  # it waits for a job that says nothing
+            session._peers.close(leave=False)
+            self._follower.join(_limits.CLOSE_S)
 
     def __repr__(self) -> str:
         names = ", ".join(self._served)
