@@ -8,11 +8,15 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from headwater import __version__
 from headwater._errors import HeadwaterError
+
+if TYPE_CHECKING:
+    from headwater._listener import Listener
 
 _AFTER_SCRIPT = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
@@ -226,18 +230,38 @@ def server(
         follows=follow,
         is_apart=coordinator,
     )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: running.stopped.set())
-    click.echo(f"headwater server listening on {running.address.tcp or running.address.unix}")
+    words = [f"headwater server listening on {running.address.tcp or running.address.unix}"]
     if made_up:
-        click.echo(
+        words.append(
             f"workers need: export HEADWATER_ADDRESS={running.address.tcp or running.address.unix} HEADWATER_TOKEN={token}"
         )
-    sys.stdout.flush()
-    if stop_with_input:
-        threading.Thread(target=_stop_with_input, args=(running.stopped,), daemon=True).start()
-    running.stopped.wait()
-    running.close()
+    _serve_until_told(running, words, stop_with_input=stop_with_input)
+
+
+@main.command()
+@click.option("--job", envvar="HEADWATER_ADDRESS", required=True, help="A running job; default: $HEADWATER_ADDRESS.")
+@click.option(
+    "--listen",
+    default="tcp://127.0.0.1:7078",
+    show_default=True,
+    help="tcp://HOST:PORT (0: any) or unix:///PATH.",
+)
+@click.option("--tables", metavar="NAME,…", default="", help="Only these; default: all that the job has or will have.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="For large lookups.")
+@click.option("--stop-with-input", is_flag=True, hidden=True, help="Stop at the end of standard input.")
+def replica(job: str, listen: str, tables: str, threads: int, stop_with_input: bool) -> None:
+    """Serve a copy of a running job's embedding tables, kept up to date, until SIGTERM or Ctrl+C.
+
+    Readers connect with headwater.lookup(). They and this process show the job's HEADWATER_TOKEN. When the job is lost, what there was is
+    served until it is back.
+    """
+    from headwater._replica import Replica
+
+    names = [name for name in tables.split(",") if name]
+    running = Replica(job, listen=listen, tables=names, threads=threads)
+    copied = ", ".join(f"{table.name} ({table.rows:,} rows)" for table in running.stats().tables) or "none yet"
+    words = [f"headwater replica listening on {running.address.tcp or running.address.unix}", f"tables: {copied}"]
+    _serve_until_told(running, words, stop_with_input=stop_with_input)
 
 
 @main.command()
@@ -386,6 +410,19 @@ def _number(name: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise click.BadParameter(f"{name}={text} is no NAME=NUMBER.", param_hint="--metric") from None
+
+
+def _serve_until_told(running: Listener, words: list[str], *, stop_with_input: bool) -> None:
+    """Say what there is to say, and run until SIGTERM, Ctrl+C or, where it is wanted, the end of standard input."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: running.stopped.set())
+    for line in words:
+        click.echo(line)
+    sys.stdout.flush()
+    if stop_with_input:
+        threading.Thread(target=_stop_with_input, args=(running.stopped,), daemon=True).start()
+    running.stopped.wait()
+    running.close()
 
 
 def _stop_with_input(stopped: threading.Event) -> None:
