@@ -85,7 +85,7 @@ from headwater._messages import (
     WorkerStats,
 )
 from headwater._rows import RowPolicy, TableSpec, Uniform
-from headwater._snapshot import File
+from headwater._sealed import File
 
 ITEMS = TableSpec("items", 2, optim.RowwiseAdagrad(lr=0.5), Uniform(0.5), 3, RowPolicy(admit_after=2), asp())
 

@@ -204,7 +204,9 @@ def test_a_worker_that_fails_before_the_first_commit_fails_the_job(machine: Mach
     output = machine.steps("0", "1:0:fail")
     assert output.finish() == 1
     assert "RuntimeError: on purpose" in output.text
-    assert "headwater: worker 1 ended with exit status 1 before its first commit; the job ends." in output.lines, output.text
+    assert "headwater: worker 1 ended with exit status 1 before its first commit; the job ends." in output.lines, (
+        output.text
+    )
 
 
 def test_a_worker_that_fails_later_leaves_the_others_to_finish(machine: Machine) -> None:
@@ -371,7 +373,9 @@ def test_a_worker_that_fails_when_it_is_started_again_is_not_started_a_third_tim
     output = again(machine, "dies_and_fails", restarts=3)
     assert output.finish() == 1
     assert output.text.count("RuntimeError: on purpose") == 1
-    assert "headwater: worker 1 ended with exit status 1 before its first commit; the others go on." in output.lines, output.text
+    assert "headwater: worker 1 ended with exit status 1 before its first commit; the others go on." in output.lines, (
+        output.text
+    )
     assert ends(output) == [ALL_END[0], ALL_END[2]]
 
 

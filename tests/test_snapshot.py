@@ -20,11 +20,12 @@ from test_layout import counts, layouts
 from test_table import everything
 
 import headwater as hw
-from headwater import _cli, _kernels, _limits, _session, _snapshot, errors, optim
+from headwater import _cli, _kernels, _limits, _session, _sealed, _snapshot, errors, optim
 from headwater._files import Files, open_files
 from headwater._layout import Layout, TensorSpec
 from headwater._rows import RowPolicy, TableSpec, Uniform, WholeRows, buckets_of
-from headwater._snapshot import File, Manifest, TableWriter
+from headwater._sealed import File
+from headwater._snapshot import Manifest, TableWriter
 
 Array = npt.NDArray[Any]
 ADAM = optim.Adam()
@@ -151,7 +152,7 @@ def test_other_tools_read_the_tensors_by_name(
 
 
 def test_large_files_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_snapshot, "_PIECE", 1 << 10)
+    monkeypatch.setattr(_sealed, "PIECE_BYTES", 1 << 10)
     files = FaultyFiles()
     layout = Layout([TensorSpec(f"t{i}", (size,), "float32") for i, size in enumerate((3, 5000, 7, 9, 300, 20_000, 1))])
     found = write(files, "jobs/saved", layout, 2)

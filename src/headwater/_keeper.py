@@ -53,7 +53,8 @@ from headwater._messages import (
     SnapshotState,
     Unpin,
 )
-from headwater._snapshot import File, Manifest, TableWriter, find, open_manifest, read_dense, read_table, write_dense
+from headwater._sealed import File
+from headwater._snapshot import Manifest, TableWriter, find, open_manifest, read_dense, read_table, write_dense
 from headwater._snapshots import Rest, Snapshots, decode_book
 from headwater._table import Part, Pushed, Rows, Tables
 from headwater._transport import Address, Connection, connect, host_name, request

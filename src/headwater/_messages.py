@@ -16,7 +16,7 @@ from headwater._errors import BY_NAME, HeadwaterError, InternalError, ProtocolEr
 from headwater._layout import TensorSpec
 from headwater._leases import DataSpec, Piece
 from headwater._rows import AnyInitial, RowPolicy, TableSpec
-from headwater._snapshot import File
+from headwater._sealed import File
 from headwater.optim import AnyOptimizer, RowOptimizer
 
 

@@ -72,7 +72,8 @@ from headwater._transport import Address
 from headwater.optim import SGD, AnyOptimizer, RowOptimizer
 
 if TYPE_CHECKING:
-    from headwater._snapshot import File, Planes
+    from headwater._sealed import File
+    from headwater._snapshot import Planes
 
 _M = TypeVar("_M")
 _open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()

@@ -22,35 +22,35 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
-import xxhash
 
 from headwater import _kernels
 from headwater._consistency import Consistency
-from headwater._errors import HeadwaterError, StorageError
-from headwater._files import Files, LocalFiles
-from headwater._layout import DTYPES, Layout, Part, TensorSpec, round_up
+from headwater._errors import StorageError
+from headwater._files import Files
+from headwater._layout import DTYPES, Layout, Part, TensorSpec
 from headwater._rows import BUCKETS, AnyInitial, RowPolicy, TableSpec, WholeRows, buckets_of
+from headwater._sealed import (
+    PIECE_BYTES,
+    File,
+    Source,
+    created,
+    folder_of,
+    header,
+    natural,
+    read_header,
+    read_sealed,
+    reading,
+    write_sealed,
+)
 from headwater.optim import AnyOptimizer, RowOptimizer
 
 FORMAT = 2
 MANIFEST = "job.json"
 SEGMENT_BYTES = 1 << 24  # of a table, about; several times that is in memory while it is written
-_PIECE = 1 << 22  # bytes that are read or written at once
-_CACHED = 1 << 18  # likewise, where they are to be in the processor's cache still when they are hashed or written
 _SNAPSHOT = re.compile(r"snapshot-(\d{12,})")
 _SEGMENT = re.compile(r"table-(\d+)-(\d+)-(\d+)\.safetensors")
-#: The names that safetensors has for what is written here.
-_KINDS = {"float32": "F32", "float64": "F64", "int64": "I64"}
 
 Planes = Mapping[str, Sequence[np.ndarray]]  #: plane → a flat array of the master dtype per slice of a part
-
-
-class File(msgspec.Struct, frozen=True):
-    """A file of a saved job."""
-
-    name: str
-    bytes: int
-    xxh3: str  # XXH3-64, 16 hexadecimal digits
 
 
 class Tensor(msgspec.Struct, frozen=True):
@@ -143,7 +143,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
             state=dict(sorted(state.items())),
             book=book,
             parts=tuple(parts),
-            files=tuple(sorted(files, key=lambda file: _natural(file.name))),
+            files=tuple(sorted(files, key=lambda file: natural(file.name))),
         )
 
     @property
@@ -206,8 +206,8 @@ def write_dense(files: Files, folder: str, server: int, part: Part, planes: Plan
         pieces = _pieces(part, kind)
         if not pieces:
             continue
-        with _created(files, folder, name) as sink:
-            sink.write(_header([(p.key, p.dtype, p.shape, p.bytes) for p in pieces]))
+        with created(files, folder, name) as sink:
+            sink.write(header([(p.key, p.dtype, p.shape, p.bytes) for p in pieces]))
             for p in pieces:
                 sink.write(planes[p.plane][p.slice][p.at : p.at + p.size])
         written.append(sink.file)
@@ -228,8 +228,8 @@ def read_dense(files: Files, folder: str, manifest: Manifest, part: Part, planes
             pieces = [(p, *_shared(p, mine.get(p.name))) for p in _pieces(theirs, kind)]
             if not any(start < stop for _, start, stop in pieces):
                 continue
-            with _reading(folder, name):
-                source = _Source(files, folder, manifest.file(folder, name))
+            with reading(folder, name):
+                source = Source(files, folder, manifest.file(folder, name))
                 source.skip_header(sum(p.bytes for p, _, _ in pieces))
                 for p, start, stop in pieces:
                     item = np.dtype(p.dtype).itemsize
@@ -339,8 +339,8 @@ class TableWriter:
             "values": whole.rows[:, :dim], "state": whole.rows[:, dim:], "counts": whole.counts,
         }  # fmt: skip
         name = f"{self._prefix}-{len(self._written):05d}.safetensors"
-        with _created(self._files, self._folder, name) as sink:
-            sink.write(_header([(key, a.dtype.name, a.shape, a.nbytes) for key, a in columns.items()]))
+        with created(self._files, self._folder, name) as sink:
+            sink.write(header([(key, a.dtype.name, a.shape, a.nbytes) for key, a in columns.items()]))
             sink.write(*(np.ascontiguousarray(array) for array in columns.values()))
         self._written.append(sink.file)
 
@@ -386,9 +386,9 @@ def _segments(manifest: Manifest, number: int, first: int = 0, limit: int = BUCK
 
 
 def _read_segment(files: Files, folder: str, file: File, spec: TableSpec) -> WholeRows:
-    with _reading(folder, file.name):
-        columns, start = _read_header(files, folder, file)
-        source = _Source(files, folder, file)
+    with reading(folder, file.name):
+        columns, start = read_header(files, folder, file)
+        source = Source(files, folder, file)
         source.skip(start)
         found = {}
         for name, column in columns.items():
@@ -406,8 +406,8 @@ def _read_segment(files: Files, folder: str, file: File, spec: TableSpec) -> Who
 
 def _read_column(files: Files, folder: str, file: File, name: str) -> np.ndarray:
     """Return one column of a segment, unverified."""
-    with _reading(folder, file.name):
-        columns, start = _read_header(files, folder, file)
+    with reading(folder, file.name):
+        columns, start = read_header(files, folder, file)
         array = np.empty(columns[name].shape, columns[name].dtype)
         if array.nbytes:
             files.read_into(
@@ -426,14 +426,7 @@ def snapshot_name(commit: int) -> str:
 
 def publish(files: Files, folder: str, manifest: Manifest) -> None:
     """Write the manifest of a folder whose files are all on the disk: from now on it is a saved job. Raises StorageError."""
-    text = msgspec.json.format(msgspec.json.encode(manifest)).removesuffix(b"\n}")
-    aside = f"{MANIFEST}.part"
-    with _created(files, folder, aside) as sink:
-        sink.write(text + _seal(text))
-    files.sync_folder(folder)  # a manifest must not outlive the files that it names
-    files.rename(f"{folder}/{aside}", f"{folder}/{MANIFEST}")
-    files.sync_folder(folder)
-    files.sync_folder(_parent(folder))
+    write_sealed(files, folder, MANIFEST, manifest)
 
 
 def open_manifest(files: Files, folder: str) -> Manifest:
@@ -441,23 +434,9 @@ def open_manifest(files: Files, folder: str) -> Manifest:
 
     Raises StorageError naming the file.
     """
-    path = f"{folder}/{MANIFEST}"
-    with _reading(folder, MANIFEST):
-        raw = np.empty(files.size(path), np.uint8)
-        files.read_into(path, 0, memoryview(raw))
-        text = raw.tobytes()
-        body, tail = text[: -len(_seal(b""))], text[-len(_seal(b"")) :]
-        if tail != _seal(body):
-            with suppress(msgspec.DecodeError):
-                found = msgspec.json.decode(text, type=_Format).format
-                if found != FORMAT:
-                    raise ValueError(f"expected format {FORMAT}, got {found}: use the headwater that wrote it")
-            raise ValueError('the "xxh3" at its end is not that of its text')
-        manifest = msgspec.json.decode(body + b"\n}", type=Manifest)
-        if manifest.format != FORMAT or any("/" in file.name for file in manifest.files):
-            raise ValueError(f"expected format {FORMAT} and names without a folder")
+    manifest = read_sealed(files, folder, MANIFEST, Manifest, FORMAT)
     for file in manifest.files:
-        with _reading(folder, file.name):
+        with reading(folder, file.name):
             size = files.size(f"{folder}/{file.name}")
             if size != file.bytes:
                 raise ValueError(f"expected {file.bytes} bytes, got {size}")
@@ -467,8 +446,8 @@ def open_manifest(files: Files, folder: str) -> Manifest:
 def verify(files: Files, folder: str, manifest: Manifest) -> None:
     """Read every file and compare its hash. Raises StorageError naming the first that is rotten."""
     for file in manifest.files:
-        with _reading(folder, file.name):
-            source = _Source(files, folder, file)
+        with reading(folder, file.name):
+            source = Source(files, folder, file)
             source.skip(file.bytes)
             source.finish()
 
@@ -507,7 +486,7 @@ def replacing(files: Files, path: str) -> Iterator[str]:
     Raises StorageError.
     """
     path = path.rstrip("/")
-    parent, name = _parent(path), path.rpartition("/")[2]
+    parent, name = folder_of(path), path.rpartition("/")[2]
     new = f"{parent}/.{name}.{os.getpid()}"
     old = _old(path)
     try:
@@ -541,7 +520,7 @@ def locate(files: Files, path: str) -> str:
 
 
 def _old(path: str) -> str:
-    return f"{_parent(path)}/.{path.rpartition('/')[2]}.old"
+    return f"{folder_of(path)}/.{path.rpartition('/')[2]}.old"
 
 
 def copy(files: Files, folder: str, target_files: Files, target: str) -> int:
@@ -549,10 +528,10 @@ def copy(files: Files, folder: str, target_files: Files, target: str) -> int:
     manifest = open_manifest(files, folder)
     with replacing(target_files, target) as new:
         for file in manifest.files:
-            source = _Source(files, folder, file)
-            with _created(target_files, new, file.name) as sink, _reading(folder, file.name):
-                for start in range(0, file.bytes, _PIECE):
-                    piece = np.empty(min(_PIECE, file.bytes - start), np.uint8)
+            source = Source(files, folder, file)
+            with created(target_files, new, file.name) as sink, reading(folder, file.name):
+                for start in range(0, file.bytes, PIECE_BYTES):
+                    piece = np.empty(min(PIECE_BYTES, file.bytes - start), np.uint8)
                     source.fill(piece)
                     sink.write(piece)
                 source.finish()
@@ -644,190 +623,4 @@ def _size(size: float) -> str:
 def _snapshots(files: Files, store: str) -> list[str]:
     """Return the names of all snapshots, newest first, half-written ones included."""
     names = [name for name in files.list(store) if _SNAPSHOT.fullmatch(name)]
-    return sorted(names, key=_natural, reverse=True)
-
-
-# Bytes.
-
-
-class _Format(msgspec.Struct):
-    format: int
-
-
-class _Column(msgspec.Struct):
-    """A tensor of a safetensors header."""
-
-    kind: str = msgspec.field(name="dtype")
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
-
-    @property
-    def dtype(self) -> str:
-        return next(name for name, kind in _KINDS.items() if kind == self.kind)
-
-
-def _header(tensors: Sequence[tuple[str, str, tuple[int, ...], int]]) -> bytes:
-    """Return the head of a safetensors file of these (name, dtype, shape, bytes), which follow in this order."""
-    columns, at = {}, 0
-    for key, dtype, shape, size in tensors:
-        columns[key] = _Column(kind=_KINDS[dtype], shape=shape, data_offsets=(at, at + size))
-        at += size
-    text = msgspec.json.encode(columns)
-    text = text.ljust(round_up(8 + len(text), 64) - 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _read_header(files: Files, folder: str, file: File) -> tuple[dict[str, _Column], int]:
-    """Return a file's tensors in the order of their bytes, and where those begin; unverified, but within the file."""
-    size = np.zeros(1, np.uint64)
-    files.read_into(f"{folder}/{file.name}", 0, memoryview(size.view(np.uint8)))
-    start = 8 + int(size[0])
-    if start > file.bytes:
-        raise ValueError(f"expected a header within {file.bytes} bytes, got {start}")
-    text = np.empty(start - 8, np.uint8)
-    files.read_into(f"{folder}/{file.name}", 8, memoryview(text))
-    columns = msgspec.json.decode(text.tobytes(), type=dict[str, _Column])
-    ordered = dict(sorted(columns.items(), key=lambda item: item[1].data_offsets))
-    at = start
-    for column in ordered.values():
-        at += int(np.prod([np.dtype(column.dtype).itemsize, *column.shape]))
-        if column.data_offsets[1] != at - start or min(column.shape) < 0:
-            raise ValueError("expected tensors that follow one another")
-    if at != file.bytes:
-        raise ValueError(f"expected {file.bytes} bytes, got {at}")
-    return ordered, start
-
-
-class _Sink:
-    """A file that grows at its end and is hashed on its way."""
-
-    def __init__(self, files: Files, path: str) -> None:
-        self._writer = files.create(path, is_read_soon=False)
-        self._name = path.rpartition("/")[2]
-        self._hash = xxhash.xxh3_64()
-        self._pending: list[memoryview] = []
-        self._size = 0
-
-    def write(self, *buffers: bytes | np.ndarray) -> None:
-        """Write buffers, which must stay as they are until the file is closed."""
-        for buffer in buffers:
-            raw = np.frombuffer(buffer, np.uint8) if isinstance(buffer, bytes) else buffer.reshape(-1).view(np.uint8)
-            for start in range(0, raw.nbytes, _CACHED):
-                piece = memoryview(raw[start : start + _CACHED])
-                self._hash.update(piece)
-                self._pending.append(piece)
-                self._size += piece.nbytes
-                if self._size >= _CACHED:
-                    self._flush()
-
-    def _flush(self) -> None:
-        self._writer.write(*self._pending)
-        self._pending, self._size = [], 0
-
-    def finish(self) -> None:
-        """Bring it all to the disk."""
-        self._flush()
-        self._writer.sync()
-        self.file = File(self._name, self._writer.size, self._hash.hexdigest())
-
-    def close(self) -> None:
-        """Give up the file."""
-        self._writer.close()
-
-
-@contextmanager
-def _created(files: Files, folder: str, name: str) -> Iterator[_Sink]:
-    """Create a file; where the block ends well it is on the disk, and `file` of the sink describes it."""
-    files.make_folder(folder)
-    sink = _Sink(files, f"{folder}/{name}")
-    try:
-        yield sink
-        sink.finish()
-    finally:
-        sink.close()
-
-
-class _Source:
-    """Reads a file from its start to its end, hashing it while it is in the cache."""
-
-    def __init__(self, files: Files, folder: str, file: File) -> None:
-        self._files, self._path, self._file = files, f"{folder}/{file.name}", file
-        self._hash = xxhash.xxh3_64()
-        self._at = 0
-        self._piece = _CACHED if isinstance(files, LocalFiles) else _PIECE
-        self._window = memoryview(np.empty(min(self._piece, file.bytes), np.uint8))
-        self._ahead = self._window[:0]  # read, but not asked for yet
-
-    def fill(self, target: np.ndarray) -> None:
-        """Read the bytes that come next; large ones straight to where they belong."""
-        view = memoryview(target.reshape(-1).view(np.uint8)) if target.size else memoryview(b"")
-        while view:
-            if not self._ahead and len(view) >= self._piece // 8:
-                piece = view[: self._piece]
-                self._read(piece)
-            else:
-                self._more()
-                piece = view[: len(self._ahead)]
-                piece[:] = self._ahead[: len(piece)]
-                self._ahead = self._ahead[len(piece) :]
-            view = view[len(piece) :]
-
-    def skip(self, size: int) -> None:
-        """Pass over the bytes that come next; they are hashed all the same."""
-        while size:
-            self._more()
-            step = min(size, len(self._ahead))
-            self._ahead = self._ahead[step:]
-            size -= step
-
-    def skip_header(self, body: int) -> None:
-        """Pass over the head of a safetensors file that has so many bytes after it."""
-        size = np.zeros(1, np.uint64)
-        self.fill(size)
-        if 8 + int(size[0]) + body != self._file.bytes:
-            raise ValueError(f"expected {body} bytes after the header, got {self._file.bytes - 8 - int(size[0])}")
-        self.skip(int(size[0]))
-
-    def finish(self) -> None:
-        """Say that all has been read. Raises StorageError when it is not what was written."""
-        if self._ahead or self._at != self._file.bytes:
-            raise ValueError(f"expected {self._file.bytes} bytes, got {self._at - len(self._ahead)}")
-        if self._hash.hexdigest() != self._file.xxh3:
-            raise ValueError(f"expected XXH3 {self._file.xxh3}, got {self._hash.hexdigest()}")
-
-    def _more(self) -> None:
-        if not self._ahead:
-            self._ahead = self._window[: self._file.bytes - self._at]
-            self._read(self._ahead)
-
-    def _read(self, view: memoryview) -> None:
-        if not view or self._files.read_into(self._path, self._at, view) < len(view):
-            raise ValueError(f"expected {self._file.bytes} bytes, got fewer")
-        self._hash.update(view)
-        self._at += len(view)
-
-
-def _seal(text: bytes) -> bytes:
-    """Return how a manifest with this text ends."""
-    return b',\n  "xxh3": "' + xxhash.xxh3_64(text).hexdigest().encode() + b'"\n}\n'
-
-
-@contextmanager
-def _reading(folder: str, name: str) -> Iterator[None]:
-    try:
-        yield
-    except HeadwaterError:
-        raise
-    except Exception as error:  # every kind of rot: missing, torn, not JSON, not of this kind
-        raise StorageError(
-            f"Cannot read {folder}/{name}: {type(error).__name__}: {error}. Take an older snapshot or another copy."
-        ) from error
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort file-2 before file-10."""
-    return [(int(text), "") if text.isdigit() else (0, text) for text in re.split(r"(\d+)", name)]
-
-
-def _parent(path: str) -> str:
-    return path.rpartition("/")[0] or ("/" if path.startswith("/") else ".")
+    return sorted(names, key=natural, reverse=True)
