@@ -21,14 +21,14 @@ import msgspec
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from headwater import __version__, _limits
 from headwater._batching import Batcher
-from headwater._errors import AddressError, HeadwaterError, RequestError, SettingError, StorageError, warn
+from headwater._errors import AddressError, HeadwaterError, RequestError, SettingError, warn
 from headwater._metrics import TYPE, Metrics
 from headwater._oip import LENGTH_HEADER, decode_request, describe, encode_answer
 from headwater._serving import Resident, Residents
@@ -36,7 +36,6 @@ from headwater._serving import Resident, Residents
 VERSION_HEADER = "X-Model-Version"
 TAG_HEADER = "X-Model-Tag"
 _LATENCIES_S = [1e-4 * 2**i for i in range(18)]  # 0.1 ms to 13 s
-_REFUSALS = {RequestError: None, StorageError: 503, HeadwaterError: 500}
 
 
 class Canary(NamedTuple):
@@ -102,7 +101,7 @@ class Service:
                 _route("/metrics", self._show_metrics),
                 *(_route(path, self._guarded(act), "POST") for path, act in (routes or {}).items()),
             ],
-            exception_handlers={HTTPException: _refuse_path, Exception: _refuse},
+            exception_handlers={HTTPException: _refuse_path, HeadwaterError: _refuse, Exception: _refuse},
         )
 
     def _unready(self) -> str:
@@ -219,6 +218,8 @@ class Service:
                     if size > limit:
                         raise RequestError(f"Expected a body of at most {limit} bytes, got more.", 413)
                     pieces.append(piece)
+        except ClientDisconnect:
+            raise RequestError(f"Expected the whole body, got {size} bytes and the connection's end.") from None
         except TimeoutError:
             raise RequestError(f"Expected the whole body within {_limits.BODY_S:g} s, got {size} bytes.", 408) from None
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)

@@ -73,7 +73,7 @@ class _Input(msgspec.Struct):
     shape: list[int]
     datatype: str
     parameters: Parameters = {}
-    data: msgspec.Raw | None = None
+    data: msgspec.Raw = msgspec.Raw()  # empty: there is none
 
 
 class _Output(msgspec.Struct):
@@ -151,11 +151,11 @@ def _read_input(given: _Input, raw: memoryview) -> tuple[Tensor, memoryview]:
         )
     count = math.prod(shape)
     size = parameters.get("binary_data_size")
-    if (size is None) == (given.data is None):
-        raise RequestError(f"Expected either data or binary_data_size, got {'both' if given.data else 'neither'} — {where}.")
+    data = bytes(given.data)
+    if (size is None) == (not data):
+        raise RequestError(f"Expected either data or binary_data_size, got {'both' if data else 'neither'} — {where}.")
     if size is None:
-        assert given.data is not None
-        flat = _from_json(given.datatype, given.data, count, where)
+        flat = _from_json(given.datatype, data, count, where)
     elif isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= raw.nbytes:
         raise RequestError(
             f"Expected binary_data_size to be a number of at most the {raw.nbytes} bytes that are left, got {size!r} — {where}."
@@ -195,9 +195,8 @@ def _objects(elements: Sequence[bytes], count: int, where: str) -> np.ndarray:
     return array
 
 
-def _from_json(datatype: str, data: msgspec.Raw, count: int, where: str) -> np.ndarray:
+def _from_json(datatype: str, text: bytes, count: int, where: str) -> np.ndarray:
     kind: Any = {"BOOL": bool, "BYTES": str}.get(datatype, float if "F" in datatype else int)
-    text = bytes(data)
     nested = _OPENING.match(text).group().count(b"[")  # type: ignore[union-attr]  # it always matches
     if nested > _limits.TENSOR_DIMENSIONS:
         raise RequestError(f"Expected at most {_limits.TENSOR_DIMENSIONS} arrays in one another, got more — {where}.")

@@ -139,6 +139,11 @@ class Residents:
             model.apply(weights)
             return Resident(version, model, weights)
 
+    def discard(self, resident: Resident) -> None:
+        """Give up a version that was prepared and is not to answer."""
+        with self._lock:
+            self._leave(resident)
+
     def flip(self, tag: str, resident: Resident) -> None:
         """Let a version answer what comes for a tag from now on."""
         start = time.perf_counter()
@@ -194,20 +199,18 @@ class Follower:
 
     def step(self) -> None:
         """Bring every tag to the version that it names now."""
-        try:
-            named = self._versions.tags()
-        except HeadwaterError as error:
-            for tag in self._tags:
-                self._note(tag, None, str(error))
-            return
         for tag in self._tags:
-            self._follow(tag, named.get(tag))
+            try:
+                version = self._versions.resolve(tag)
+            except HeadwaterError as error:
+                self._note(tag, None, str(error))
+            else:
+                self.follow(tag, version)
 
-    def _follow(self, tag: str, version: int | None) -> None:
+    def follow(self, tag: str, version: int) -> None:
+        """Bring a tag to a version, unless it is there, or that version failed and is not to be tried again yet."""
         failure = self.failures.get(tag)
-        if version is None:
-            self._note(tag, None, f"Expected the tag {tag!r}, got a store without it: publish a version under it.")
-        elif version == self._residents.current(tag):
+        if version == self._residents.current(tag):
             self.failures.pop(tag, None)
         elif failure is None or failure.version != version or time.monotonic() >= failure.again_s:
             self.bring(tag, version)
