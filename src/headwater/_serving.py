@@ -165,10 +165,22 @@ class Failure:
 
 
 class Follower:
-    """Keeps tags' versions answering: a thread that looks at the store. `step` is one look, for tests and for the first one."""
+    """Keeps tags' versions answering: a thread that looks at the store. `step` is one look, for tests and for the first one.
 
-    def __init__(self, residents: Residents, versions: Versions, tags: Sequence[str], metrics: Metrics) -> None:
-        self._residents, self._versions, self._tags = residents, versions, list(tags)
+    resolve: says which version a tag names. flip: lets one answer.
+    """
+
+    def __init__(
+        self,
+        residents: Residents,
+        tags: Sequence[str],
+        metrics: Metrics,
+        *,
+        resolve: Callable[[str], int],
+        flip: Callable[[str, Resident], None] | None = None,
+    ) -> None:
+        self._residents, self._tags = residents, list(tags)
+        self._resolve, self._flip = resolve, flip or residents.flip
         self.failures: dict[str, Failure] = {}
         self._updated_s: dict[str, float] = {}
         self._stopped = threading.Event()
@@ -201,7 +213,7 @@ class Follower:
         """Bring every tag to the version that it names now."""
         for tag in self._tags:
             try:
-                version = self._versions.resolve(tag)
+                version = self._resolve(tag)
             except HeadwaterError as error:
                 self._note(tag, None, str(error))
             else:
@@ -222,7 +234,7 @@ class Follower:
         except Exception as error:  # noqa: BLE001 - a model's own code is run: nothing may end the following
             self._note(tag, version, str(error) if isinstance(error, HeadwaterError) else repr(error))
             return False
-        self._residents.flip(tag, resident)
+        self._flip(tag, resident)
         self._updated_s[tag] = time.monotonic()
         self.failures.pop(tag, None)
         return True
