@@ -23,7 +23,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "headwater"
 ORDER = [
     "_kernels", "_errors", "_limits",
     "optim", "durability", "_layout", "_consistency", "_leases", "_rows", "_book",
-    "_files", "_log", "_sealed", "_snapshot", "_messages", "_wire",
+    "_files", "_log", "_sealed", "_snapshot", "_delta", "_versions", "_messages", "_wire",
     "_plan", "_memory", "_transport", "_table", "_dense",
     "_snapshots", "_keeper", "_coordinator", "_server",
     "_data", "_rows_file", "_peers", "_dense_link", "_table_link", "_lookup", "_session",

@@ -20,7 +20,7 @@ from test_layout import counts, layouts
 from test_table import everything
 
 import headwater as hw
-from headwater import _cli, _kernels, _limits, _session, _sealed, _snapshot, errors, optim
+from headwater import _cli, _kernels, _limits, _sealed, _session, _snapshot, errors, optim
 from headwater._files import Files, open_files
 from headwater._layout import Layout, TensorSpec
 from headwater._rows import RowPolicy, TableSpec, Uniform, WholeRows, buckets_of

@@ -42,3 +42,4 @@ IDLE_S = 75.0  # a connection without a request is closed after so long
 CLIENTS = 1024  # connections at once
 QUEUE_REQUESTS = 1024  # that wait for a model
 DRAIN_S = 1.0  # from SIGTERM, when a server of models says that it is not ready, until it takes no more connections
+PUBLISH_S = 120.0  # a publisher waits for others that write to the same store for so long

@@ -6,7 +6,7 @@ Nothing is written in place. What was read counts once its hash has been found t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Protocol, TypeVar
 
@@ -50,9 +50,12 @@ class Column(msgspec.Struct):
         return _DTYPES[self.kind]
 
 
-def header(tensors: Sequence[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+def header(
+    tensors: Sequence[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """Return the head of a safetensors file of these (name, dtype, shape, bytes), which follow in this order."""
-    columns, at = {}, 0
+    columns: dict[str, Column | Mapping[str, str]] = {} if metadata is None else {"__metadata__": metadata}
+    at = 0
     for key, dtype, shape, size in tensors:
         columns[key] = Column(kind=_KINDS[dtype], shape=shape, data_offsets=(at, at + size))
         at += size
@@ -85,8 +88,8 @@ def read_header(files: Files, folder: str, file: File) -> tuple[dict[str, Column
 class Sink:
     """A file that grows at its end and is hashed on its way."""
 
-    def __init__(self, files: Files, path: str) -> None:
-        self._writer = files.create(path, is_read_soon=False)
+    def __init__(self, files: Files, path: str, *, is_read_soon: bool = False) -> None:
+        self._writer = files.create(path, is_read_soon=is_read_soon)
         self._name = path.rpartition("/")[2]
         self._hash = xxhash.xxh3_64()
         self._pending: list[memoryview] = []
@@ -120,10 +123,10 @@ class Sink:
 
 
 @contextmanager
-def created(files: Files, folder: str, name: str) -> Iterator[Sink]:
+def created(files: Files, folder: str, name: str, *, is_read_soon: bool = False) -> Iterator[Sink]:
     """Create a file; where the block ends well it is on the disk, and `file` of the sink describes it."""
     files.make_folder(folder)
-    sink = Sink(files, f"{folder}/{name}")
+    sink = Sink(files, f"{folder}/{name}", is_read_soon=is_read_soon)
     try:
         yield sink
         sink.finish()
@@ -191,6 +194,17 @@ class Source:
         self._at += len(view)
 
 
+def copy_file(files: Files, folder: str, file: File, target_files: Files, target: str) -> None:
+    """Copy a file to another folder, verified on the way. Raises StorageError."""
+    source = Source(files, folder, file)
+    with created(target_files, target, file.name) as sink, reading(folder, file.name):
+        for start in range(0, file.bytes, PIECE_BYTES):
+            piece = np.empty(min(PIECE_BYTES, file.bytes - start), np.uint8)
+            source.fill(piece)
+            sink.write(piece)
+        source.finish()
+
+
 # Texts.
 
 
@@ -220,6 +234,11 @@ def write_sealed(files: Files, folder: str, name: str, value: msgspec.Struct) ->
     files.rename(f"{folder}/{aside}", f"{folder}/{name}")
     files.sync_folder(folder)
     files.sync_folder(folder_of(folder))
+
+
+def is_sealed(files: Files, folder: str, name: str) -> bool:
+    """Whether this text is there, and so, if nothing has rotted, all that it names."""
+    return name in files.list(folder)
 
 
 def read_sealed(files: Files, folder: str, name: str, kind: type[_L], expected: int) -> _L:

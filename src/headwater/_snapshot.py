@@ -30,9 +30,9 @@ from headwater._files import Files
 from headwater._layout import DTYPES, Layout, Part, TensorSpec
 from headwater._rows import BUCKETS, AnyInitial, RowPolicy, TableSpec, WholeRows, buckets_of
 from headwater._sealed import (
-    PIECE_BYTES,
     File,
     Source,
+    copy_file,
     created,
     folder_of,
     header,
@@ -528,13 +528,7 @@ def copy(files: Files, folder: str, target_files: Files, target: str) -> int:
     manifest = open_manifest(files, folder)
     with replacing(target_files, target) as new:
         for file in manifest.files:
-            source = Source(files, folder, file)
-            with created(target_files, new, file.name) as sink, reading(folder, file.name):
-                for start in range(0, file.bytes, PIECE_BYTES):
-                    piece = np.empty(min(PIECE_BYTES, file.bytes - start), np.uint8)
-                    source.fill(piece)
-                    sink.write(piece)
-                source.finish()
+            copy_file(files, folder, file, target_files, new)
         publish(target_files, new, manifest)
     return manifest.commit
 
