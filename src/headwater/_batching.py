@@ -1,8 +1,8 @@
 """Requests to models, run together where they can be: one thread, one run of one model at a time.
 
 Requests that wait are run together along axis 0 if they are for the same resident version, and every input has the same name,
-type and shape but for that axis; each then gets its rows of every output. A batch in which something fails is run again
-one by one, so that nobody is refused for what another sent. A model with an output that has not as many rows is run one by one from then on.
+type and shape but for that axis; each then gets its rows of every output. A batch in which something fails is run again one by
+one, so that nobody is refused for what another sent. A model with an output of another number of rows is run one by one from then on.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class Batcher:
         job.answer.add_done_callback(lambda _: done())
         with self._condition:
             if self._is_closed or len(self._jobs) >= _limits.QUEUE_REQUESTS:
-                why = "a server that goes on" if self._is_closed else f"at most {_limits.QUEUE_REQUESTS} requests to wait"
+                why = (
+                    "a server that goes on" if self._is_closed else f"at most {_limits.QUEUE_REQUESTS} requests to wait"
+                )
                 error = RequestError(f"Expected {why}, got one more: try again later, or elsewhere.", 503)
                 job.answer.set_exception(error)
                 return job.answer

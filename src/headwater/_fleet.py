@@ -9,10 +9,11 @@
 3. Every replica is told. The promotion is closed.
 
 A replica that has prepared is *in doubt* until it hears what was decided. In doubt it may answer with the old version only within
-LEASE_S of a moment at which nothing was decided: when it prepared, or began to read in the store an open promotion and then the tag unmoved. So
-LEASE_S after the tag has moved nobody answers with the old version any more, whoever was dead, paused or cut off; `promote` does not
-return before. A replica that starts while a promotion is open is in doubt, too; one that missed a decision answers 503 until it has the version. Whoever
-dies, the store says what was decided. Clocks need not agree, but must run at one speed, and go on while a process is stopped.
+LEASE_S of a moment at which nothing was decided: when it prepared, or began to read in the store an open promotion and then the tag
+unmoved. So LEASE_S after the tag has moved nobody answers with the old version any more, whoever was dead, paused or cut off; `promote`
+does not return before, unless all have been told. A replica that starts while a promotion is open is in doubt, too; one that missed a
+decision answers 503 until it has the version. Whoever dies, the store says what was decided. Clocks need not agree, but must run at
+one speed, and go on while a process is stopped. Coordinators of one machine take turns; on an fsspec URL there must be one at a time.
 
 `Standing` is a replica's part of this: a value, no I/O, no clock.
 """
@@ -92,7 +93,9 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
     def why_not(self, now_s: float) -> str:
         """Say why the tag's version must not answer now; "": it may."""
         if self.is_fenced:
-            return f"Version {self.wanted} was decided on, and this replica has {self.serving}: it catches up by itself."
+            return (
+                f"Version {self.wanted} was decided on, and this replica has {self.serving}: it catches up by itself."
+            )
         if self.is_in_doubt and now_s >= self.confirmed_s + LEASE_S:
             return f"Promotion {self.epoch} may have been decided, and the store did not say within {LEASE_S:g} s."
         return ""
@@ -100,9 +103,13 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
     def check(self, prepare: Prepare) -> None:
         """Refuse what cannot be prepared here and now. Raises RequestError."""
         if prepare.epoch < self.epoch:
-            raise RequestError(f"Expected an epoch of at least {self.epoch}, got {prepare.epoch}: another promotion came since.", 409)
+            raise RequestError(
+                f"Expected an epoch of at least {self.epoch}, got {prepare.epoch}: another promotion came since.", 409
+            )
         if self.is_fenced or self.serving != prepare.previous:
-            raise RequestError(f"Expected to be at version {prepare.previous}, this replica is at {self.serving}: try again.", 409)
+            raise RequestError(
+                f"Expected to be at version {prepare.previous}, this replica is at {self.serving}: try again.", 409
+            )
 
     def prepare(self, prepare: Prepare, now_s: float) -> Standing:
         """The version is there. now_s: before this is answered. Raises RequestError."""
@@ -159,9 +166,9 @@ class Fleet:
         self._versions, self._files = versions, versions.files
         self._folder = f"{versions.path}/fleet/{tag}"
 
-    def version(self) -> int:
-        """Return the version that the tag names."""
-        return self._versions.resolve(self.tag)
+    def resolve(self, tag: str) -> int:
+        """Return the version that a tag names."""
+        return self._versions.resolve(tag)
 
     def move(self, version: int) -> None:
         """Let the tag name a version. Where this fails it may have moved."""
@@ -188,8 +195,10 @@ class Fleet:
 
     def unregister(self, url: str) -> None:
         """Be a replica no more; missing is fine."""
-        self._files.remove(f"{self._folder}/replicas/{quote(url, safe='')}")
-        self._files.sync_folder(f"{self._folder}/replicas")
+        folder = f"{self._folder}/replicas"
+        if (name := quote(url, safe="")) in self._files.list(folder):
+            self._files.remove(f"{folder}/{name}")
+            self._files.sync_folder(folder)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -218,7 +227,8 @@ class Fleet:
 class Member:
     """A replica: what it promised, and a thread that looks at the store. Can be shared between threads.
 
-    It decides when versions that are ready begin to answer for the fleet's tag; `wanted` says which one is to be made ready.
+    It decides when versions that are ready begin to answer for the fleet's tag; `wanted` says which one is to be made ready. Other
+    tags are followed as without a fleet.
     """
 
     def __init__(self, fleet: Fleet, residents: Residents, url: str) -> None:
@@ -252,7 +262,7 @@ class Member:
         """See what the store says."""
         since_s = time.monotonic()
         promotion = self._fleet.promotion()
-        version = self._fleet.version()  # after it, as the tag moves before it is closed
+        version = self._fleet.resolve(self._fleet.tag)  # after it, as the tag moves before it is closed
         with self._lock:
             self._turn(self.standing.observe(promotion, version, since_s))
 
@@ -261,7 +271,9 @@ class Member:
         return self.standing.why_not(time.monotonic())
 
     def wanted(self, tag: str) -> int:
-        """Return the version that should be made to answer."""
+        """Return the version that should be made to answer. Raises HeadwaterError."""
+        if tag != self._fleet.tag:
+            return self._fleet.resolve(tag)
         wanted = self.standing.wanted
         if wanted is None:
             raise RequestError(f"Expected the store to say what {tag!r} is, got nothing yet.", 503)
@@ -269,6 +281,9 @@ class Member:
 
     def flip(self, tag: str, resident: Resident) -> None:
         """Let a version answer, if it is still wanted."""
+        if tag != self._fleet.tag:
+            self._residents.flip(tag, resident)
+            return
         with self._lock:
             if resident.version == self.standing.wanted:
                 self._serve(self.standing, resident)
@@ -314,7 +329,9 @@ class Member:
 class Ask(Protocol):
     """Asks all replicas at once; returns by URL what went wrong, "" where nothing did."""
 
-    def __call__(self, urls: Sequence[str], path: str, message: msgspec.Struct, timeout_s: float) -> Mapping[str, str]: ...
+    def __call__(
+        self, urls: Sequence[str], path: str, message: msgspec.Struct, timeout_s: float
+    ) -> Mapping[str, str]: ...
 
 
 class Promoted(NamedTuple):
@@ -341,12 +358,10 @@ def promote(
     """
     last, replicas = fleet.promotion(), fleet.replicas()
     try:
-        previous = fleet.version()
+        previous = fleet.resolve(fleet.tag)
     except HeadwaterError:
         previous = None  # the tag's first
-    promotion = Promotion(
-        epoch=1 if last is None else last.epoch + 1, previous=previous, version=version, is_open=True
-    )
+    promotion = Promotion(epoch=1 if last is None else last.epoch + 1, previous=previous, version=version, is_open=True)
     yield "open"
     fleet.note(promotion)
     yield "prepare"
@@ -364,7 +379,7 @@ def promote(
     try:
         fleet.move(version)
     except HeadwaterError:
-        if fleet.version() != version:
+        if fleet.resolve(fleet.tag) != version:
             _give_up(fleet, promotion, replicas, ask)
             raise
     moved_s = now()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import random
-import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -29,9 +28,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from headwater import __version__, _limits
 from headwater._batching import Batcher
 from headwater._errors import AddressError, HeadwaterError, RequestError, SettingError, warn
+from headwater._fleet import Fleet, Member
 from headwater._metrics import TYPE, Metrics
+from headwater._models import ServedModel
 from headwater._oip import LENGTH_HEADER, decode_request, describe, encode_answer
-from headwater._serving import Resident, Residents
+from headwater._serving import Follower, Resident, Residents
+from headwater._versions import Versions
 
 VERSION_HEADER = "X-Model-Version"
 TAG_HEADER = "X-Model-Tag"
@@ -60,8 +62,7 @@ class Canary(NamedTuple):
 class Service:
     """One model as an ASGI application.
 
-    tag: whose version answers what names none. may_answer: returns why the tag's version must not answer now, or "". More routes,
-    such as a fleet's, come along as `routes`; they are for those who show the token.
+    tag: whose version answers what names none. member: of a fleet; what it is told must come with the token.
     """
 
     def __init__(
@@ -75,19 +76,19 @@ class Service:
         canary: Canary | None = None,
         token: str = "",
         body_bytes: int = _limits.REQUEST_BYTES,
-        may_answer: Callable[[], str] = lambda: "",
-        routes: dict[str, Callable[[bytes], Any]] | None = None,
+        member: Member | None = None,
         choose: Callable[[], float] = random.random,
     ) -> None:
         self.name, self.is_stopping = name, False
         self._residents, self._batcher, self._metrics = residents, batcher, metrics
         self._tag, self._canary, self._token, self._body_bytes = tag, canary, token, body_bytes
-        self._may_answer, self._choose = may_answer, choose
+        self._why_not, self._choose = (member.why_not if member is not None else lambda: ""), choose
         self._requests = metrics.counter("headwater_requests_total", "Requests to the model.", "version", "status")
         self._latency = metrics.histogram(
             "headwater_request_seconds", "From a request's headers to its answer, where it was answered.", _LATENCIES_S
         )
         metrics.gauge("headwater_ready", "Whether requests are answered.", lambda: float(not self._unready()))
+        told = {} if member is None else {"/fleet/prepare": member.prepare, "/fleet/decide": member.decide}
         model = "/v2/models/{model}"
         version = model + "/versions/{version}"
         self.app = Starlette(
@@ -99,7 +100,7 @@ class Service:
                 *(_route(f"{path}/ready", self._say_model_ready) for path in (model, version)),
                 *(_route(f"{path}/infer", self._infer, "POST") for path in (model, version)),
                 _route("/metrics", self._show_metrics),
-                *(_route(path, self._guarded(act), "POST") for path, act in (routes or {}).items()),
+                *(_route(path, self._guarded(act), "POST") for path, act in told.items()),
             ],
             exception_handlers={HTTPException: _refuse_path, HeadwaterError: _refuse, Exception: _refuse},
         )
@@ -110,7 +111,7 @@ class Service:
             return "The server is stopping."
         if self._residents.current(self._tag) is None:
             return f"No version of the tag {self._tag!r} is there yet; /metrics says whether updates fail."
-        return self._may_answer()
+        return self._why_not()
 
     async def _about_server(self, request: Request) -> Response:
         return _json({"name": "headwater", "version": __version__, "extensions": ["binary_tensor_data"]})
@@ -154,14 +155,16 @@ class Service:
         version = self._version_of(request)
         if version is not None:
             resident = self._residents.acquire_version(version)
-            return resident or await asyncio.to_thread(self._residents.load_version, version)
+            if resident is None:
+                resident = await asyncio.to_thread(self._residents.load_version, version)
+            return resident
         tag = request.headers.get(TAG_HEADER)
         if tag is None:
             is_canary = self._canary is not None and 100 * self._choose() < self._canary.percent
             tag = self._canary.tag if self._canary is not None and is_canary else self._tag
         elif tag not in (self._tag, self._canary.tag if self._canary is not None else self._tag):
             raise RequestError(f"Expected a tag that is served here in {TAG_HEADER}, got {tag[:80]!r}.", 404)
-        if tag == self._tag and (why := self._may_answer()):
+        if tag == self._tag and (why := self._why_not()):
             raise RequestError(why, 503)
         return self._residents.acquire(tag)
 
@@ -183,7 +186,9 @@ class Service:
                 async with asyncio.timeout(_limits.ANSWER_S):
                     outputs = await asyncio.wrap_future(answer)
             except TimeoutError:
-                raise RequestError(f"Expected an answer of the model within {_limits.ANSWER_S:g} s, got none.", 504) from None
+                raise RequestError(
+                    f"Expected an answer of the model within {_limits.ANSWER_S:g} s, got none.", 504
+                ) from None
             pieces, json_bytes = encode_answer(self.name, version, inference, outputs)
             status = 200
             headers = {VERSION_HEADER: version}
@@ -192,7 +197,7 @@ class Service:
             kind = "application/json" if json_bytes is None else "application/octet-stream"
             self._latency.add(time.perf_counter() - start)
             return Response(b"".join(pieces), headers=headers, media_type=kind)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - counted, too
             response = await _refuse(request, error)
             status = response.status_code
             if version != "none":
@@ -231,7 +236,9 @@ class Service:
             shown = request.headers.get("Authorization", "").encode()
             if self._token and not hmac.compare_digest(shown, f"Bearer {self._token}".encode()):
                 return _json({"error": "Expected the fleet's token, got another or none: set HEADWATER_TOKEN."}, 401)
-            if request.headers.get("Content-Type") != "application/json":  # a web page in a browser cannot send it unasked
+            if (
+                request.headers.get("Content-Type") != "application/json"
+            ):  # a web page in a browser cannot send it unasked
                 return _json({"error": "Expected application/json."}, 415)
             try:
                 return _json(await asyncio.to_thread(act, await self._body(request)))
@@ -273,7 +280,9 @@ async def _refuse(request: Request, error: Exception) -> Response:
     else:
         status = 500
         warn(f"Our bug, please report it: {request.method} {request.url.path} raised {error!r}")
-    response = _json({"error": str(error) if status != 500 else f"Our bug, please report it: {type(error).__name__}"}, status)
+    response = _json(
+        {"error": str(error) if status != 500 else f"Our bug, please report it: {type(error).__name__}"}, status
+    )
     if status in (408, 413, 415):  # the rest of the body is not read
         response.headers["Connection"] = "close"
     return response
@@ -357,7 +366,9 @@ def listen(url: str, token: str) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         is_local = host == "localhost" or address[0] == "::1" or str(address[0]).startswith("127.")
         if not is_local and not token:
-            raise SettingError("Expected HEADWATER_TOKEN in the environment, got none: other machines could reach this server.")
+            raise SettingError(
+                "Expected HEADWATER_TOKEN in the environment, got none: other machines could reach this server."
+            )
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
@@ -373,8 +384,72 @@ def url_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(service: Service, sock: socket.socket) -> None:
-    """Serve until SIGTERM or Ctrl+C; then what has begun is finished, and limits hold. Call it from the main thread."""
+class ModelServer:
+    """A server of one model's versions, listening: what `headwater serve` runs. It owns the socket.
+
+    make: returns a new instance of the model. fleet_url: be a replica of the fleet of this tag, which reaches this server there. rows and
+    wait_s are Batcher's, pins Residents', body_bytes the most that a request may have. A store that has no version yet is fine.
+    Others may add to `metrics` before it runs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[], ServedModel],
+        versions: Versions,
+        sock: socket.socket,
+        *,
+        tag: str,
+        canary: Canary | None = None,
+        fleet_url: str = "",
+        token: str = "",
+        pins: int = 2,
+        rows: int = 64,
+        wait_s: float = 0.0,
+        body_bytes: int = _limits.REQUEST_BYTES,
+    ) -> None:
+        metrics = Metrics()
+        self.metrics = metrics = Metrics()
+        self._sock = sock
+        self._residents = Residents(make, versions, pins=pins, metrics=metrics)
+        self._member = Member(Fleet(versions, tag), self._residents, fleet_url) if fleet_url else None
+        self._follower = Follower(
+            self._residents,
+            [tag] if canary is None or canary.tag == tag else [tag, canary.tag],
+            metrics,
+            resolve=versions.resolve if self._member is None else self._member.wanted,
+            flip=self._residents.flip if self._member is None else self._member.flip,
+        )
+        self._batcher = Batcher(metrics, rows=rows, wait_s=wait_s)
+        self.service = Service(
+            name,
+            self._residents,
+            self._batcher,
+            metrics,
+            tag=tag,
+            canary=canary,
+            token=token,
+            body_bytes=body_bytes,
+            member=self._member,
+        )
+
+    def run(self) -> None:
+        """Serve until SIGTERM or Ctrl+C; then what has begun is finished, and limits hold. Call it from the main thread."""
+        try:
+            if self._member is not None:
+                self._member.start()
+            self._follower.step()
+            self._follower.start()
+            _serve(self.service, self._sock)
+        finally:
+            self._follower.close()
+            self._batcher.close()
+            if self._member is not None:
+                self._member.close()
+            self._sock.close()
+
+
+def _serve(service: Service, sock: socket.socket) -> None:
     config = uvicorn.Config(
         service,
         http=_Protocol,

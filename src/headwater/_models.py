@@ -61,7 +61,9 @@ def open_model(spec: str, device: str = "cpu") -> Callable[[], ServedModel]:
 def wrap(model: Any, device: str = "cpu") -> ServedModel:
     """Return what serves a torch.nn.Module or a Keras model. Raises SettingError for anything else."""
     kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(model).__mro__}
-    if any(kind.startswith("keras.") and kind.endswith(".Model") for kind in kinds):  # first: on PyTorch it is a Module, too
+    if any(
+        kind.startswith("keras.") and kind.endswith(".Model") for kind in kinds
+    ):  # first: on PyTorch it is a Module, too
         return KerasModel(model, device)
     if "torch.nn.modules.module.Module" in kinds:
         return TorchModel(model, device)
@@ -82,7 +84,9 @@ def _apply_torch(module: Any, weights: Weights) -> None:
         for name, target in targets.items():
             array = weights.tensors[name]
             is_bf16 = weights.version.dtypes[name] == "bfloat16"
-            target.data = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if is_bf16 else torch.from_numpy(array)
+            target.data = (
+                torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if is_bf16 else torch.from_numpy(array)
+            )
 
 
 def _apply_keras(model: Any, weights: Weights) -> None:
@@ -98,7 +102,9 @@ def _check_names(targets: Mapping[str, Any], weights: Weights) -> None:
         array = weights.tensors.get(name)
         if array is None or array.shape != tuple(target.shape):
             got = "none" if array is None else f"one of {array.shape}"
-            raise LayoutError(f"Expected a tensor {name!r} of {tuple(target.shape)}, got {got} — version {weights.version.id}.")
+            raise LayoutError(
+                f"Expected a tensor {name!r} of {tuple(target.shape)}, got {got} — version {weights.version.id}."
+            )
 
 
 class _Arguments:
@@ -143,7 +149,8 @@ def _named(result: Any, is_tensor: Callable[[Any], bool], names: Sequence[str] =
 class TorchModel:
     """A torch.nn.Module in evaluation; its inputs are the parameters of `forward`.
 
-    `example_input_array`, as Lightning has it (a tensor, a tuple or a dict by name), says their types, and is run whenever weights are applied.
+    `example_input_array`, as Lightning has it (a tensor, a tuple or a dict by name), says their types, and is run whenever weights
+    are applied.
     """
 
     platform = "pytorch"

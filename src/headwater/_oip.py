@@ -110,9 +110,9 @@ def decode_request(body: bytes, json_bytes: str | None) -> Inference:
     if len({each.name for each in inputs}) < len(inputs):
         raise RequestError("Expected each input once, got one twice.")
     is_binary = _flag(request.parameters, "binary_data_output", False)
-    outputs = request.outputs and [
+    outputs = [
         Wanted(each.name, _flag(_known(each.name, each.parameters), "binary_data", is_binary))
-        for each in request.outputs
+        for each in request.outputs or ()
     ]
     return Inference(request.id, inputs, outputs or None, is_binary)
 
@@ -127,7 +127,9 @@ def _known(name: str, parameters: Parameters) -> Parameters:
     """Refuse what would be answered wrongly were it passed over."""
     for key in ("shared_memory_region", "classification"):
         if key in parameters:
-            raise RequestError(f"Expected tensors in the request's body, got the parameter {key} — tensor {name[:80]!r}.")
+            raise RequestError(
+                f"Expected tensors in the request's body, got the parameter {key} — tensor {name[:80]!r}."
+            )
     return parameters
 
 
@@ -182,7 +184,9 @@ def _split_bytes(raw: memoryview, where: str) -> list[bytes]:
         size = int.from_bytes(raw[at : at + 4], "little")
         at += 4 + size
         if at > raw.nbytes:
-            raise RequestError(f"Expected BYTES elements to fill binary_data_size, got one of {size} bytes beyond it — {where}.")
+            raise RequestError(
+                f"Expected BYTES elements to fill binary_data_size, got one of {size} bytes beyond it — {where}."
+            )
         elements.append(bytes(raw[at - size : at]))
     return elements
 
@@ -284,7 +288,9 @@ class Slot(NamedTuple):
     shape: tuple[int, ...]  # -1: any size
 
 
-def describe(model: str, versions: Sequence[int], platform: str, inputs: Sequence[Slot], outputs: Sequence[Slot]) -> dict[str, Any]:
+def describe(
+    model: str, versions: Sequence[int], platform: str, inputs: Sequence[Slot], outputs: Sequence[Slot]
+) -> dict[str, Any]:
     """Return a model's metadata. A datatype that the model does not say is left out."""
     return {
         "name": model,

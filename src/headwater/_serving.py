@@ -46,10 +46,12 @@ class Residents:
         self._by_tag: dict[str, Resident] = {}
         self._pinned: dict[int, Resident] = {}  # the one that was asked for last is the last
         self._leaving: list[Resident] = []  # that requests still use
-        self._spare: ServedModel | None = None
+        self._spare: ServedModel | None = make()  # now: whether it can be built at all
         self._swaps = metrics.counter("headwater_swaps_total", "Times that a tag got another version.", "tag")
         self._pauses = metrics.histogram(
-            "headwater_swap_pause_seconds", "How long requests were held back by a swap.", [1e-6, 1e-5, 1e-4, 1e-3, 1e-2]
+            "headwater_swap_pause_seconds",
+            "How long requests were held back by a swap.",
+            [1e-6, 1e-5, 1e-4, 1e-3, 1e-2],
         )
         metrics.gauge(
             "headwater_current_version",
@@ -73,7 +75,9 @@ class Residents:
         with self._lock:
             resident = self._by_tag.get(tag)
             if resident is None:
-                raise RequestError(f"Expected a version for the tag {tag!r}, got none yet: publish one, or look at /metrics.", 503)
+                raise RequestError(
+                    f"Expected a version for the tag {tag!r}, got none yet: publish one, or look at /metrics.", 503
+                )
             resident.users += 1
             return resident
 
@@ -97,8 +101,10 @@ class Residents:
         """
         if (resident := self.acquire_version(version)) is not None:
             return resident
-        if version not in [each.id for each in self._versions.list()]:
-            raise RequestError(f"Expected a version that is kept, got {version}: it was never published, or has been removed.", 404)
+        if version not in [each.id for each in self._versions.all()]:
+            raise RequestError(
+                f"Expected a version that is kept, got {version}: it was never published, or has been removed.", 404
+            )
         made = self.prepare(version)
         with self._lock:
             made.users += 1
@@ -249,4 +255,6 @@ class Follower:
         if is_new:
             current = self._residents.current(tag)
             with suppress(ValueError):  # logging to a stream that is closed
-                warn(f"The update of {tag!r} came to nothing, {'none' if current is None else current} goes on: {reason}")
+                warn(
+                    f"The update of {tag!r} came to nothing, {'none' if current is None else current} goes on: {reason}"
+                )
