@@ -123,34 +123,39 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
         if decided.epoch < self.epoch:
             return self
         if decided.is_committed:
-            return self._want(decided.version, decided.epoch)
-        return msgspec.structs.replace(self, epoch=decided.epoch, prepared=None, is_in_doubt=False)
+            return self._want(decided.version, decided.epoch, is_decided=True)
+        if decided.epoch > self.epoch:  # it never prepared for that one; the store says what came of the one that it did
+            return self
+        return msgspec.structs.replace(self, prepared=None, is_in_doubt=False)
 
     def observe(self, promotion: Promotion | None, version: int, since_s: float) -> Standing:
         """Hear what the store says: first of the promotion, then of the tag; since_s: before it was asked."""
         epoch = 0 if promotion is None else promotion.epoch
         if epoch < self.epoch:  # it was asked before that epoch began
             return self
-        if promotion is not None and version == promotion.version:
-            return self._want(version, epoch)
-        if promotion is None or not promotion.is_open:
-            return self._follow(version, epoch)
-        prepared = self.prepared if epoch == self.epoch else None
-        return msgspec.structs.replace(
-            self, epoch=epoch, prepared=prepared, is_in_doubt=True, confirmed_s=max(since_s, self.confirmed_s), wanted=version,
-            is_fenced=False if version == self.serving else self.is_fenced,
-        )  # fmt: skip
+        if promotion is not None and promotion.is_open and version != promotion.version:
+            return msgspec.structs.replace(
+                self,
+                epoch=epoch,
+                prepared=self.prepared if epoch == self.epoch else None,
+                is_in_doubt=True,
+                confirmed_s=max(since_s, self.confirmed_s),
+                wanted=version,
+                is_fenced=version != self.serving,
+            )
+        is_settled = epoch == self.epoch and not self.is_in_doubt and not self.is_fenced
+        is_new = promotion is not None and version == promotion.version and not is_settled
+        return self._want(version, epoch, is_decided=is_new or self.is_in_doubt or self.is_fenced)
 
-    def _follow(self, version: int, epoch: int) -> Standing:
-        """The tag was moved without a promotion, or not at all: the old version answers until the new one can."""
+    def _want(self, version: int, epoch: int, *, is_decided: bool) -> Standing:
+        """No promotion is under way. is_decided: else the tag was moved by hand, and what answers goes on until the other can."""
         return msgspec.structs.replace(
-            self, epoch=epoch, prepared=None, is_in_doubt=False, wanted=version, is_fenced=False
-        )
-
-    def _want(self, version: int, epoch: int) -> Standing:
-        """It was decided."""
-        return msgspec.structs.replace(
-            self, epoch=epoch, prepared=None, is_in_doubt=False, wanted=version, is_fenced=version != self.serving
+            self,
+            epoch=epoch,
+            prepared=None,
+            is_in_doubt=False,
+            wanted=version,
+            is_fenced=is_decided and version != self.serving,
         )
 
     def serve(self, version: int) -> Standing:
@@ -231,8 +236,10 @@ class Member:
     tags are followed as without a fleet.
     """
 
-    def __init__(self, fleet: Fleet, residents: Residents, url: str) -> None:
-        self._fleet, self._residents, self._url = fleet, residents, url
+    def __init__(
+        self, fleet: Fleet, residents: Residents, url: str, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._fleet, self._residents, self._url, self._now = fleet, residents, url, now
         self._lock = threading.Lock()
         self._prepared: Resident | None = None
         self.standing = Standing()
@@ -260,7 +267,7 @@ class Member:
 
     def look(self) -> None:
         """See what the store says."""
-        since_s = time.monotonic()
+        since_s = self._now()
         promotion = self._fleet.promotion()
         version = self._fleet.resolve(self._fleet.tag)  # after it, as the tag moves before it is closed
         with self._lock:
@@ -268,7 +275,7 @@ class Member:
 
     def why_not(self) -> str:
         """Say why the tag's version must not answer now; "": it may."""
-        return self.standing.why_not(time.monotonic())
+        return self.standing.why_not(self._now())
 
     def wanted(self, tag: str) -> int:
         """Return the version that should be made to answer. Raises HeadwaterError."""
@@ -312,7 +319,7 @@ class Member:
         self.standing.check(asked)
         resident = self._residents.prepare(asked.version)
         with self._lock:
-            standing = self.standing.prepare(asked, time.monotonic())
+            standing = self.standing.prepare(asked, self._now())
             self._turn(msgspec.structs.replace(standing, prepared=None))  # gives up what was prepared before
             self._prepared, self.standing = resident, standing
         return {"prepared": asked.version}
