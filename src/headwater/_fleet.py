@@ -363,7 +363,7 @@ def promote(
 
     Raises PeerError where a replica cannot: then the tag has not moved. Raises HeadwaterError where the store fails.
     """
-    last, replicas = fleet.promotion(), fleet.replicas()
+    last = fleet.promotion()
     try:
         previous = fleet.resolve(fleet.tag)
     except HeadwaterError:
@@ -371,6 +371,7 @@ def promote(
     promotion = Promotion(epoch=1 if last is None else last.epoch + 1, previous=previous, version=version, is_open=True)
     yield "open"
     fleet.note(promotion)
+    replicas = fleet.replicas()  # after it: whoever registers later finds it open
     yield "prepare"
     answers = ask(replicas, "/fleet/prepare", Prepare(promotion.epoch, previous, version), prepare_s)
     failures = {url: why for url, why in answers.items() if why}
