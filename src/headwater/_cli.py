@@ -306,13 +306,13 @@ def serve(
     sock = listen(url, token)
     name = name or spec.partition(":")[0].rpartition(".")[2]
     server = ModelServer(
-        name, make, Versions(store), sock, tag=tag, canary=parsed, token=token, pins=pins, rows=batch,
+        name, make, Versions(store), tag=tag, canary=parsed, token=token, pins=pins, rows=batch,
         wait_s=batch_wait_ms / 1e3, body_bytes=body_mib << 20,
         fleet_url=check_url(fleet_url or url_of(sock)) if fleet or fleet_url else "",
     )  # fmt: skip
     click.echo(f"headwater serves {url_of(sock)}/v2/models/{name}")
     sys.stdout.flush()
-    server.run()
+    server.run(sock)
 
 
 @main.command()

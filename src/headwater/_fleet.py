@@ -124,7 +124,9 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
             return self
         if decided.is_committed:
             return self._want(decided.version, decided.epoch, is_decided=True)
-        if decided.epoch > self.epoch:  # it never prepared for that one; the store says what came of the one that it did
+        if (
+            decided.epoch > self.epoch
+        ):  # it never prepared for that one; the store says what came of the one that it did
             return self
         return msgspec.structs.replace(self, prepared=None, is_in_doubt=False)
 
@@ -236,9 +238,7 @@ class Member:
     tags are followed as without a fleet.
     """
 
-    def __init__(
-        self, fleet: Fleet, residents: Residents, url: str, now: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, fleet: Fleet, residents: Residents, url: str, now: Callable[[], float] = time.monotonic) -> None:
         self._fleet, self._residents, self._url, self._now = fleet, residents, url, now
         self._lock = threading.Lock()
         self._prepared: Resident | None = None
@@ -255,7 +255,8 @@ class Member:
     def close(self) -> None:
         """Be no replica any more. Call it when nothing is answered any more."""
         self._stopped.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
         self._fleet.unregister(self._url)
 
     def _live(self) -> None:
@@ -377,7 +378,7 @@ def promote(
     failures = {url: why for url, why in answers.items() if why}
     if failures:
         yield "abort"
-        _give_up(fleet, promotion, replicas, ask)
+        _give_up(fleet, promotion, [url for url in replicas if url not in failures], ask)
         listed = "; ".join(f"{url}: {why}" for url, why in failures.items())
         raise PeerError(
             f"Expected all {len(replicas)} replicas to prepare version {version}, got {len(failures)} that did not; nothing has changed. "

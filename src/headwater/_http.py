@@ -369,13 +369,9 @@ def listen(url: str, token: str) -> socket.socket:
             raise SettingError(
                 "Expected HEADWATER_TOKEN in the environment, got none: other machines could reach this server."
             )
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(_limits.CLIENTS)
+        return socket.create_server(address, family=family, backlog=_limits.CLIENTS)
     except OSError as error:
         raise AddressError(f"Cannot listen at {url}: {error.strerror or error}. Choose another address.") from error
-    return sock
 
 
 def url_of(sock: socket.socket) -> str:
@@ -385,7 +381,7 @@ def url_of(sock: socket.socket) -> str:
 
 
 class ModelServer:
-    """A server of one model's versions, listening: what `headwater serve` runs. It owns the socket.
+    """A server of one model's versions: what `headwater serve` runs.
 
     make: returns a new instance of the model. fleet_url: be a replica of the fleet of this tag, which reaches this server there. rows and
     wait_s are Batcher's, pins Residents', body_bytes the most that a request may have. A store that has no version yet is fine.
@@ -397,7 +393,6 @@ class ModelServer:
         name: str,
         make: Callable[[], ServedModel],
         versions: Versions,
-        sock: socket.socket,
         *,
         tag: str,
         canary: Canary | None = None,
@@ -410,10 +405,9 @@ class ModelServer:
     ) -> None:
         metrics = Metrics()
         self.metrics = metrics = Metrics()
-        self._sock = sock
         self._residents = Residents(make, versions, pins=pins, metrics=metrics)
         self._member = Member(Fleet(versions, tag), self._residents, fleet_url) if fleet_url else None
-        self._follower = Follower(
+        self.follower = Follower(
             self._residents,
             [tag] if canary is None or canary.tag == tag else [tag, canary.tag],
             metrics,
@@ -433,20 +427,27 @@ class ModelServer:
             member=self._member,
         )
 
-    def run(self) -> None:
-        """Serve until SIGTERM or Ctrl+C; then what has begun is finished, and limits hold. Call it from the main thread."""
+    def run(self, sock: socket.socket) -> None:
+        """Serve until SIGTERM or Ctrl+C; then what has begun is finished, and limits hold. Call it from the main thread.
+
+        The socket is closed at the end. Raises HeadwaterError where the fleet's store cannot be reached.
+        """
         try:
             if self._member is not None:
                 self._member.start()
-            self._follower.step()
-            self._follower.start()
-            _serve(self.service, self._sock)
+            self.follower.step()
+            self.follower.start()
+            _serve(self.service, sock)
         finally:
-            self._follower.close()
-            self._batcher.close()
-            if self._member is not None:
-                self._member.close()
-            self._sock.close()
+            self.close()
+            sock.close()
+
+    def close(self) -> None:
+        """Stop following and running models; a second time does nothing."""
+        self.follower.close()
+        self._batcher.close()
+        if self._member is not None:
+            self._member.close()
 
 
 def _serve(service: Service, sock: socket.socket) -> None:

@@ -253,7 +253,7 @@ class KerasModel:
                 result = self._model(**given, training=False)
             elif len(given) == 1:
                 result = self._model(next(iter(given.values())), training=False)
-            elif isinstance(self._model.input, Mapping):
+            elif isinstance(getattr(self._model, "input", None), Mapping):
                 result = self._model({name: given[name] for name in self._model.input}, training=False)
             else:
                 result = self._model([given[slot.name] for slot in self.inputs], training=False)
@@ -274,9 +274,14 @@ class KerasModel:
 
 
 def _output_names(model: Any) -> list[str]:
-    if isinstance(model.output, Mapping):
-        return [str(name) for name in model.output]
-    return [str(name) for name in getattr(model, "output_names", ())]
+    output = getattr(model, "output", None)  # a Sequential has none
+    if isinstance(output, Mapping):
+        return [str(name) for name in output]
+    return [
+        str(name)
+        for name in getattr(model, "output_names", None)
+        or [each.name for each in getattr(model, "outputs", None) or ()]
+    ]
 
 
 def _keras_slot(tensor: Any, name: str = "") -> Slot:
