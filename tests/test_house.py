@@ -26,7 +26,7 @@ ORDER = [
     "_files", "_log", "_sealed", "_snapshot", "_delta", "_versions", "_oip", "_metrics", "_messages", "_wire",
     "_plan", "_memory", "_transport", "_table", "_dense",
     "_snapshots", "_keeper", "_coordinator", "_server",
-    "_data", "_rows_file", "_peers", "_dense_link", "_table_link", "_lookup", "_session",
+    "_data", "_rows_file", "_peers", "_dense_link", "_table_link", "_lookup", "_publishing", "_session", "_subscription",
     "__init__",
     "_torch_embedding", "torch", "jax",
     "_keras_steps", "_keras_embedding", "keras",

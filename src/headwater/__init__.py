@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from headwater._server import Server
     from headwater._session import Session
     from headwater._session import connect_session as connect
+    from headwater._subscription import Subscription, subscribe
+    from headwater._versions import Version, Versions, Weights
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,9 +41,13 @@ __all__ = [
     "RowPolicy",
     "Server",
     "Session",
+    "Subscription",
     "Table",
     "TableStats",
     "Uniform",
+    "Version",
+    "Versions",
+    "Weights",
     "asp",
     "bsp",
     "connect",
@@ -50,6 +56,7 @@ __all__ = [
     "hash_ids",
     "optim",
     "ssp",
+    "subscribe",
 ]
 
 #: Public name → where it lives: a module, or a module and the name there.
@@ -63,9 +70,13 @@ _HOMES = {
     "RowPolicy": "_rows:RowPolicy",
     "Server": "_server:Server",
     "Session": "_session:Session",
+    "Subscription": "_subscription:Subscription",
     "Table": "_lookup:Table",
     "TableStats": "_messages:TableStats",
     "Uniform": "_rows:Uniform",
+    "Version": "_versions:Version",
+    "Versions": "_versions:Versions",
+    "Weights": "_versions:Weights",
     "asp": "_consistency:asp",
     "bsp": "_consistency:bsp",
     "connect": "_session:connect_session",
@@ -76,6 +87,7 @@ _HOMES = {
     "keras": "keras",
     "optim": "optim",
     "ssp": "_consistency:ssp",
+    "subscribe": "_subscription:subscribe",
     "torch": "torch",
 }
 

@@ -70,9 +70,11 @@ from headwater._messages import (
     Prepared,
     Register,
     Registered,
+    Release,
     Restore,
     Seal,
     ServerAddress,
+    SetAside,
     SnapshotGet,
     SnapshotTaken,
     Stats,
@@ -177,6 +179,7 @@ class Coordinator:
         self._spoken_to: list[_Server | None] | None = None
         self._reserved = 0  # who wants to, before the next commit
         self._holder: tuple[int, float] | None = None
+        self._publisher: int | None = None  # for whom the parameters are set aside
         self._failure: HeadwaterError | None = None
         self._checked: tuple[tuple[float, ...], ...] | None = None  # scalars found valid last
         self._refused = 0
@@ -1142,9 +1145,32 @@ class Coordinator:
         with self._changed:
             self._wait(lambda: not self._is_busy and not self._is_held(but=identity), lambda: ["another reader"], tell)
             self._holder = (identity, time.monotonic() + _limits.HOLD_S)
-            specs: tuple[TensorSpec, ...] = self._layout.specs if self._layout else ()
-            steps = self._plan.steps() if self._plan else ()
-            return Held(self._commit, steps, specs, self._optimizer, tuple(self._tables))
+            return self._described()
+
+    def _described(self) -> Held:
+        specs: tuple[TensorSpec, ...] = self._layout.specs if self._layout else ()
+        steps = self._plan.steps() if self._plan else ()
+        return Held(self._commit, steps, specs, self._optimizer, tuple(self._tables))
+
+    def set_aside(self, identity: int, tell: Tell) -> Held:
+        """Set the parameters aside, for one publisher at a time; commits go on beside them until `release`."""
+        with self._changed:
+            self._wait(lambda: self._publisher in (None, identity), lambda: ["another publication"], tell)
+            self._publisher = identity
+        with self.alone() as ask_each:
+            ask_each(lambda _: SetAside())
+            return self._described()
+
+    def release(self, identity: int) -> None:
+        """Let commits write over what was set aside for this publisher, if anything was."""
+        with self._changed:
+            if self._publisher != identity:
+                return
+        with suppress(HeadwaterError), self.alone() as ask_each:  # servers that come back have nothing set aside
+            ask_each(lambda _: Release())
+        with self._changed:
+            self._publisher = None
+            self._changed.notify_all()
 
     def resume(self, identity: int) -> None:
         """Let commits go on."""

@@ -36,6 +36,8 @@ from headwater._messages import (
     Norms,
     Prepare,
     Prepared,
+    Release,
+    SetAside,
 )
 from headwater._table import Tables
 from headwater.optim import AnyOptimizer
@@ -116,6 +118,7 @@ class Shard:
         self._standing: Foreseen | None = None  # what is prepared was foreseen
         self._runs: dict[tuple[int, bytes], np.ndarray] = {}  # by slice and cells
         self._pinned: Pinned | None = None
+        self._aside: int | None = None  # a parameter buffer that a publisher reads
         self._specs: tuple[CommitSpec, ...] = ()  # what is prepared
         self._sums: list[list[np.ndarray]] = []  # room for summed gradients, by commit and slice
 
@@ -131,7 +134,7 @@ class Shard:
             answer = self.tables.handle(request)
             if answer is not None:
                 return answer
-            if not isinstance(request, (Prepare, Norms)):
+            if not isinstance(request, (Prepare, Norms, SetAside, Release)):
                 self._foreseen = None
             match request:
                 case Prepare():
@@ -142,6 +145,12 @@ class Shard:
                     return self._norms(request)
                 case Assign():
                     return self._assign(request)
+                case SetAside():
+                    self._aside = self.side
+                    return Done()
+                case Release():
+                    self._aside = None
+                    return Done()
                 case Detach():
                     self._workers.pop(request.identity, None)
                     return Done()
@@ -235,6 +244,8 @@ class Shard:
         taken = {self.side} | {worker.side for worker in self._workers.values()}
         if self._pinned is not None:
             taken.add(self._pinned.side)
+        if self._aside is not None:
+            taken.add(self._aside)
         while all(i in taken for i in range(len(self._wires))):
             self._wires.append(SharedBuffer(self.part.wire_bytes, "parameters"))
         return next(i for i in range(len(self._wires)) if i not in taken)
@@ -288,10 +299,32 @@ class Shard:
             with self.lock:
                 self._hidden.append(planes)
         if len(self._wires) < 3:
-            wire = SharedBuffer(self.part.wire_bytes, "parameters")
-            wire.array[::PAGE_BYTES] = 0
-            with self.lock:
-                self._wires.append(wire)
+            self._make_side()
+
+    def make_side(self) -> None:
+        """Likewise, for parameters alone that are set aside."""
+        with self.lock:
+            if self.layout is None:
+                return
+            readers = len(self._workers) if self._reads_in_place and self.consistency.kind != "bsp" else 0
+            missing = 3 + readers + (self._pinned is not None) - len(self._wires)
+        for _ in range(missing):
+            self._make_side()
+
+    def _make_side(self) -> None:
+        wire = SharedBuffer(self.part.wire_bytes, "parameters")
+        wire.array[::PAGE_BYTES] = 0
+        with self.lock:
+            self._wires.append(wire)
+
+    def read_aside(self) -> memoryview:
+        """Return this part of the parameters that are set aside, where they lie."""
+        with self.lock:
+            if self._aside is None:
+                raise PeerLostError(
+                    "Expected parameters that are set aside, got none: the job has gone back meanwhile."
+                )
+            return memoryview(self._wires[self._aside].array)
 
     def prepared_sums(self) -> tuple[tuple[CommitSpec, ...], list[np.ndarray]]:
         """Return what is prepared and, by commit and slice, the summed gradient in the master dtype, valid until the next call."""

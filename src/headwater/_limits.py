@@ -43,3 +43,6 @@ CLIENTS = 1024  # connections at once
 QUEUE_REQUESTS = 1024  # that wait for a model
 DRAIN_S = 1.0  # from SIGTERM, when a server of models says that it is not ready, until it takes no more connections
 PUBLISH_S = 120.0  # a publisher waits for others that write to the same store for so long
+LOOK_S = 0.05  # between looks at a tag on this machine
+LOOK_FAR_S = 1.0  # behind an fsspec URL
+LOOK_AGAIN_S = 5.0  # until a version that could not be read is tried again

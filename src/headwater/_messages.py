@@ -401,6 +401,21 @@ class Resume(Message, frozen=True, tag=True):
     """To the coordinator: commits may go on."""
 
 
+class MakeRoom(Message, frozen=True, tag=True):
+    """To a server: have memory for commits that go on beside parameters that are set aside. Answer: Done."""
+
+
+class SetAside(Message, frozen=True, tag=True):
+    """To the coordinator, and on to every server: set the parameters aside between two commits. Answer: Held; a server's: Done.
+
+    Commits go on beside them. One reader at a time, until Release or the end of its connection; it pulls the plane "aside".
+    """
+
+
+class Release(Message, frozen=True, tag=True):
+    """To the coordinator, and on to every server: commits may write over what was set aside. Answer: Done."""
+
+
 class StateGet(Message, frozen=True, tag=True):
     """To the coordinator: the job's small dictionary. Answer: State."""
 
@@ -643,6 +658,7 @@ AnyMessage = (
     | FeedTo | FeedLost | Apply | SnapshotTake | SnapshotTaken
     | Declare | Declared | OpenTable | Room | PullRows | PulledRows | WarmRows | PushRows | Gather | Track | ChangesGet
     | Changed | PageGet | Page | PagePut | TableStatsGet | TableStats | LeaseTake | Leased
+    | MakeRoom | SetAside | Release
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

@@ -37,13 +37,22 @@ _AGAIN_S = 0.5  # for one try to come back: between two, it is seen whether anyb
 
 
 class Peers:
-    """One session's connections. address: the job's first server; None: one is embedded in this process."""
+    """One session's connections. address: the job's first server; None: one is embedded in this process, `server` or a new one."""
 
-    def __init__(self, address: Address | None, hello: Hello, *, transport: str, timeout_s: float) -> None:
+    def __init__(
+        self,
+        address: Address | None,
+        hello: Hello,
+        *,
+        transport: str,
+        timeout_s: float,
+        server: Server | None = None,
+    ) -> None:
         self.hello, self.timeout_s = hello, timeout_s
         self._address, self._transport = address, transport
         self._pid = os.getpid()
-        self.server: Server | None = None  #: the embedded one
+        self.server = server  #: the embedded one
+        self._owns_server = server is None
         self._beat: Connection | None = None
         self._heartbeat: _kernels.Heartbeat | None = None
         self._former: list[Connection] = []  # that others have taken the place of
@@ -52,7 +61,7 @@ class Peers:
         self._is_apart = False  # the coordinator is not the first server
         self.is_durable = False  #: whether the job outlives its servers
         self.addresses: tuple[ServerAddress, ...] = ()  #: of the servers, in their order
-        if address is None:
+        if address is None and server is None:
             from headwater._server import Server  # only who serves pays for it at start
 
             self.server = Server(token=hello.token, consistency=hello.consistency, workers=1)
@@ -64,6 +73,10 @@ class Peers:
         assert self._address is not None
         patience_s = _AGAIN_S if self.hello.returns else _limits.CONNECT_S  # who comes back tries again
         return connect(self._address, min(self.timeout_s, patience_s))
+
+    def beside(self, hello: Hello) -> Peers:
+        """Return connections of somebody else in this process to the same job."""
+        return Peers(self._address, hello, transport=self._transport, timeout_s=self.timeout_s, server=self.server)
 
     def greet(self) -> Welcome:
         """Say hello to the coordinator, and begin to beat."""
@@ -200,9 +213,9 @@ class Peers:
             pass  # the server is gone, or sees the connection end
         for connection in self._connections():
             connection.close()
-        if self.server is not None:
+        if self.server is not None and self._owns_server:
             self.server.close()
-            self.server = None  # its memory goes with it
+        self.server = None  # its memory goes with it
 
     def abandon(self) -> None:
         """Drop this process's copies of the connections without a word; for forked children."""

@@ -55,6 +55,7 @@ from headwater._messages import (
     Initialised,
     LeaseTake,
     Leave,
+    MakeRoom,
     Pin,
     Pull,
     Pulled,
@@ -62,11 +63,13 @@ from headwater._messages import (
     Put,
     Recall,
     Register,
+    Release,
     Report,
     Restore,
     Resume,
     Seal,
     ServerAddress,
+    SetAside,
     Sides,
     SnapshotTake,
     State,
@@ -443,6 +446,15 @@ class _Handler:
             case Resume():
                 self._job().resume(self._identity)
                 self._answer(Done())
+            case SetAside() if self.role != "coordinator":
+                self._answer(self._job().set_aside(self._identity, self._connection.send))
+            case Release() if self.role != "coordinator":
+                self._job().release(self._identity)
+                self._answer(Done())
+            case MakeRoom():
+                with _at_work(self._connection):
+                    self._shard.make_side()
+                self._answer(Done())
             case Report():
                 self._job().report(self._identity, message.figures)
             case StateGet():
@@ -532,6 +544,8 @@ class _Handler:
     def _pull(self, pull: Pull) -> None:
         if pull.own:
             self._answer(Pulled(*self._shard.pull_own(self._identity)))
+        elif pull.plane == "aside":
+            self._connection.send(Pulled(self._shard.commit), self._shard.read_aside())
         elif pull.plane == "parameters" and self.role in ("worker", "data"):
             commit, view = self._shard.pull_sent(self._identity)
             self._connection.send(Pulled(commit), view)
@@ -575,6 +589,7 @@ class _Handler:
             if not self._coordinator.lose_follower(*self._enrolled):
                 self._coordinator.lose_server(*self._enrolled)
         self._coordinator.resume(self._identity)
+        self._coordinator.release(self._identity)
 
 
 @contextlib.contextmanager

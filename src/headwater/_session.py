@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -65,10 +65,12 @@ from headwater._messages import (
 )
 from headwater._peers import Peers, nearest
 from headwater._plan import pack_absent
+from headwater._publishing import Publication, Publisher
 from headwater._rows import AnyInitial, RowPolicy, TableSpec, WholeRows, spec_of
 from headwater._snapshot import Manifest
 from headwater._table_link import Link
 from headwater._transport import Address
+from headwater._versions import KEEP
 from headwater.optim import SGD, AnyOptimizer, RowOptimizer
 
 if TYPE_CHECKING:
@@ -132,7 +134,7 @@ class Session:
     the servers, and its unsealed push counts nowhere.
     """
 
-    def __init__(self, address: Address | None, *, hello: Hello, transport: str, timeout_s: float) -> None:
+    def __init__(self, peers: Peers) -> None:
         self._pid = os.getpid()
         self._dense: DenseLink | None = None
         self._tables: Tables | None = None
@@ -158,7 +160,11 @@ class Session:
         self._held_s = 0.0  # since when commits are held
         self.staleness = 0  #: commits by others between this worker's last pull and its last push
         self.state = JobState(self)
-        self._peers = Peers(address, hello, transport=transport, timeout_s=timeout_s)
+        self._peers = peers
+        self._publisher: Publisher | None = None
+        self.untrained: Callable[[], Mapping[str, tuple[np.ndarray, str]]] | None = (
+            None  #: returns what a version holds besides what the job has, with dtypes; for adapters
+        )
         try:
             welcome = self._peers.greet()
         except BaseException:
@@ -628,6 +634,47 @@ class Session:
         """
         return self._ask(SnapshotTake(), SnapshotTaken).path
 
+    def observer(self) -> Session:
+        """Return a session on the same job that only reads; another thread may use it, and closes it."""
+        identity = int.from_bytes(os.urandom(8), "little") >> 1
+        hello = msgspec.structs.replace(self._peers.hello, role="observer", identity=identity, index=-1, returns=False)
+        session = Session(self._peers.beside(hello))
+        _open_sessions.discard(session)
+        return session
+
+    def publish(
+        self,
+        tag: str | None = None,
+        *,
+        store: str | os.PathLike[str] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        attach: Iterable[str | os.PathLike[str]] = (),
+        keep: int = KEEP,
+    ) -> Publication:
+        """Publish the parameters as they are now as a version; returns once they are set aside, and training may go on.
+
+        tag: what points at the version once it is there, such as "prod". store: a folder or an fsspec URL, default
+        $HEADWATER_VERSIONS, or the folder `versions` here. metrics: numbers to be kept with it. attach: files, such as a config
+        and a tokenizer, that are copied beside the weights. keep: see `Versions.publish`. The version holds what the job has, in the dtypes
+        of the model, and what an adapter knows besides: frozen parameters and buffers.
+
+        Every worker may call it: the one with index 0 publishes, for the others there is nothing to do. What is written is read from the
+        servers beside training; a version that this worker is still writing is waited for. `close` waits, too. What goes wrong later is
+        raised by `Publication.result`, and said. Raises SettingError for a tag or a file that cannot be.
+        """
+        self._require_open()
+        if self.index > 0:
+            return Publication(None)
+        if self._is_pending:
+            self.wait()
+        path = os.fspath(store or os.environ.get("HEADWATER_VERSIONS") or "versions")
+        if self._publisher is None or self._publisher.store != path:
+            if self._publisher is not None:
+                self._publisher.close()
+            self._publisher = Publisher(self.observer, path)
+        extra = self.untrained() if self.untrained is not None else {}
+        return self._publisher.publish(tag, dict(metrics or {}), [Path(p) for p in attach], keep, extra)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save parameters, optimizer state, tables, clock and job state as a folder that `load` reads.
 
@@ -760,6 +807,8 @@ class Session:
         """Leave the job: nobody waits for this worker any more. A push that was sealed still counts."""
         if self._is_closed:
             return
+        if self._publisher is not None and self._pid == os.getpid():
+            self._publisher.close()
         self._is_closed = True
         if self._pid != os.getpid():
             return
@@ -947,7 +996,7 @@ def connect_session(
         _exit_on_sigterm()
     if target is not None and target.kind == "tcp" and target.is_local and transport != "tcp":
         target = nearest(target, hello, timeout_s)
-    return Session(target, hello=hello, transport=transport, timeout_s=timeout_s)
+    return Session(Peers(target, hello, transport=transport, timeout_s=timeout_s))
 
 
 def _has_launcher() -> bool:

@@ -27,7 +27,7 @@ import xxhash
 
 from headwater import _delta, _limits
 from headwater._errors import LayoutError, SettingError, StorageError, WaitTimeoutError
-from headwater._files import Files, claim, open_files
+from headwater._files import Files, LocalFiles, claim, open_files
 from headwater._sealed import (
     PIECE_BYTES,
     File,
@@ -140,6 +140,7 @@ class Versions:
 
     def __init__(self, store: str | os.PathLike[str]) -> None:
         self.files, self.path = open_files(os.fspath(store))
+        self._store = self.path if isinstance(self.files, LocalFiles) else os.fspath(store)
         self._known: dict[int, Version] = {}
 
     def all(self) -> list[Version]:
@@ -204,7 +205,7 @@ class Versions:
             if newest is None:
                 raise StorageError(f"Expected a version in {self.path}, got none: publish one.")
             return newest
-        _check_tag(text)
+        check_tag(text)
         return self._read_tag(text)
 
     def _read_tag(self, name: str) -> int:
@@ -221,7 +222,7 @@ class Versions:
 
     def tag(self, name: str, which: int | str) -> int:
         """Let a tag point at a version, at once and whole; returns its number. Raises StorageError where that version is not whole."""
-        _check_tag(name)
+        check_tag(name)
         if name == LATEST:
             raise SettingError(f"Expected a tag other than {LATEST!r}, which is always the newest version.")
         number = self.get(self.resolve(which)).id
@@ -234,7 +235,7 @@ class Versions:
 
     def untag(self, name: str) -> None:
         """Remove a tag; missing is fine."""
-        _check_tag(name)
+        check_tag(name)
         self.files.remove(f"{self.path}/tags/{name}")
 
     # Publishing.
@@ -261,7 +262,7 @@ class Versions:
         for a half-written folder, which counts for nothing and which the next publisher removes.
         """
         if tag is not None:
-            _check_tag(tag)
+            check_tag(tag)
         arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
         entries = [_entry(name, array, (dtypes or {}).get(name, array.dtype.name)) for name, array in arrays.items()]
         parts = _attachments(attach)
@@ -495,6 +496,10 @@ class Versions:
                 found.append(Difference(tensor.name, "changed", share, float(gap.max())))
         return found
 
+    def __str__(self) -> str:
+        """Where they are, for any other process of this machine, or anywhere where it is a URL."""
+        return self._store
+
     def __repr__(self) -> str:
         return f"<Versions in {self.path}>"
 
@@ -507,7 +512,8 @@ class _Span(msgspec.Struct):
     data_offsets: tuple[int, int] = (0, 0)
 
 
-def _check_tag(name: str) -> None:
+def check_tag(name: str) -> None:
+    """Refuse what is no name for a tag. Raises SettingError."""
     if not _TAG.fullmatch(name):
         raise SettingError(
             f"Expected a tag of letters, digits, '.', '_' and '-', at most 64 and not digits alone, got {name!r}."

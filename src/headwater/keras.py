@@ -25,6 +25,7 @@ from headwater._errors import LayoutError, SettingError, UsageError
 from headwater._layout import AVERAGED, TensorSpec
 from headwater._plan import pack_absent
 from headwater._session import Session, Start, connect_session
+from headwater._versions import Weights, as_float
 
 try:
     import keras
@@ -492,6 +493,29 @@ def _settings_of(optimizer: Any) -> optim.AnyOptimizer:
     if kind is keras.optimizers.RMSprop:
         return optim.RMSprop(alpha=optimizer.rho, eps=optimizer.epsilon, centered=optimizer.centered, **options)
     return optim.SGD(nesterov=optimizer.nesterov and optimizer.momentum > 0, weight_decay=decay, **options)
+
+
+def load_weights(model: keras.Model, weights: Weights) -> None:
+    """Let a model have the weights of a version, between two of its calls.
+
+    Names are the variables' paths. Values take the model's dtypes; integers, such as the state of a random generator, may be missing.
+    Raises LayoutError naming the first variable that does not fit; the model is then as it was.
+    """
+    version, ready = weights.version, []
+    for variable in model.variables:
+        array, shape = weights.tensors.get(variable.path), tuple(variable.shape)
+        is_float = keras.backend.is_float_dtype(variable.dtype)
+        if array is None and not is_float:
+            continue
+        if array is None or array.shape != shape:
+            got = "none" if array is None else f"one of shape {array.shape}"
+            raise LayoutError(f"Expected {variable.path!r} of shape {shape}, got {got} in version {version.id}.")
+        ready.append((variable, as_float(array, version.dtypes[variable.path]) if is_float else array))
+    unknown = set(weights.tensors) - {variable.path for variable in model.variables}
+    if unknown:
+        raise LayoutError(f"Expected no {min(unknown)!r}, got it in version {version.id}: of another model?")
+    for variable, value in ready:
+        variable.assign(value)
 
 
 def _place(settings: optim.AnyOptimizer, slot: str) -> tuple[str, float]:

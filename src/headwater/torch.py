@@ -23,8 +23,9 @@ from headwater._layout import AVERAGED, TensorSpec
 from headwater._plan import pack_absent
 from headwater._session import Session, connect_session
 from headwater._torch_embedding import Embedding, EmbeddingBag
+from headwater._versions import Weights
 
-__all__ = ["Embedding", "EmbeddingBag", "Optimizer"]
+__all__ = ["Embedding", "EmbeddingBag", "Optimizer", "load_weights"]
 
 _DTYPES = {
     torch.float32: "float32",
@@ -106,7 +107,8 @@ class Optimizer(torch.optim.Optimizer):
         self.settings = settings
         self._names = settings.scalar_names
         self._parameters = _ordered(named, self.param_groups)
-        self._buffers = _averaged(model) if isinstance(model, torch.nn.Module) else []
+        self._module = model if isinstance(model, torch.nn.Module) else None
+        self._buffers = _averaged(self._module) if self._module is not None else []
         if not self._parameters and not (session is not None and session.has_tables):
             raise LayoutError("Expected at least one parameter that requires a gradient, got none.")
         self.session = connect_session() if session is None else session
@@ -125,6 +127,7 @@ class Optimizer(torch.optim.Optimizer):
         self._versions: list[int] = []  # of the parameters as they were pulled
         self._bind(first=True)
         self.session.moved = self._bind
+        self.session.untrained = self._untrained
 
     def _current(self) -> list[torch.Tensor]:
         """Return the parameters of the session's current side, then the buffers."""
@@ -259,6 +262,23 @@ class Optimizer(torch.optim.Optimizer):
                     "move or convert the model before the optimizer is made."
                 )
 
+    def _untrained(self) -> dict[str, tuple[np.ndarray, str]]:
+        """Return what a version of this model has besides what the servers have, with dtypes; frozen parameters as they lie."""
+        if self._module is None:
+            return {}
+        known = set() if self._on_worker else {id(p) for _, p, _ in self._parameters}  # there they have mean gradients
+        known |= {id(buffer.tensor) for buffer in self._buffers}
+        found = {}
+        for name, tensor in self._module.state_dict(keep_vars=True).items():
+            if not isinstance(tensor, torch.Tensor) or id(tensor) in known:
+                continue
+            known.add(id(tensor))
+            held = tensor.detach().cpu()
+            is_still = isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
+            array = _to_numpy(held if is_still else held.clone())
+            found[name.replace(_COMPILED, "")] = array, str(tensor.dtype).removeprefix("torch.")
+        return found
+
     def _rows(self) -> list[tuple[float, ...]]:
         if not self._parameters:
             return []
@@ -338,6 +358,40 @@ class Optimizer(torch.optim.Optimizer):
                 )
         self.session.write_optimizer(planes, steps)
         self._bind()
+
+
+@torch.no_grad()
+def load_weights(module: torch.nn.Module, weights: Weights) -> None:
+    """Let a module have the weights of a version, all in one step between two of its calls; they are copied beside it first.
+
+    Names are those of `module.state_dict()`, tied ones once; values take the module's dtypes and devices. Raises LayoutError naming the
+    first tensor that does not fit; the module is then as it was.
+    """
+    names: dict[int, list[str]] = {}
+    tensors: dict[int, torch.Tensor] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, torch.Tensor):
+            tensors[id(tensor)] = tensor
+            names.setdefault(id(tensor), []).append(name.replace(_COMPILED, ""))
+    left, dtypes = set(weights.tensors), weights.version.dtypes
+    ready: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for key, tensor in tensors.items():
+        name = next((name for name in names[key] if name in left), "")
+        if not name:
+            raise LayoutError(f"Expected {names[key][0]!r} in version {weights.version.id}, got a version without it.")
+        array = weights.tensors[name]
+        if array.shape != tuple(tensor.shape):
+            raise LayoutError(
+                f"Expected {name!r} of shape {tuple(tensor.shape)}, got {array.shape} in version {weights.version.id}."
+            )
+        held = torch.from_numpy(array.copy())
+        held = held.view(torch.bfloat16) if dtypes[name] == "bfloat16" else held
+        ready.append((tensor, held.to(device=tensor.device, dtype=tensor.dtype)))
+        left -= set(names[key])
+    if left:
+        raise LayoutError(f"Expected no {min(left)!r}, got it in version {weights.version.id}: of another model?")
+    for tensor, held in ready:
+        tensor.data = held
 
 
 def _tensors(state_dict: Mapping[str, Any]) -> list[torch.Tensor]:
