@@ -248,7 +248,11 @@ def server(
     metavar="MODULE:FUNCTION",
     help="What builds the model, a torch.nn.Module or a Keras model.",
 )
-@click.option("--store", required=True, help="The folder or URL with the model's versions.")
+@click.option(
+    "--store",
+    required=True,
+    help="The folder or URL with the model's versions, or the address of the job that publishes them.",
+)
 @click.option(
     "--tag", default="prod", show_default=True, help="Answer with the version of this tag, whichever that is."
 )
@@ -298,7 +302,7 @@ def serve(
         ) from error
     from headwater._fleet import check_url
     from headwater._models import open_model
-    from headwater._versions import Versions
+    from headwater._subscription import open_versions
 
     token = os.environ.get("HEADWATER_TOKEN", "")
     parsed = Canary.parse(canary) if canary is not None else None
@@ -306,7 +310,7 @@ def serve(
     sock = listen(url, token)
     name = name or spec.partition(":")[0].rpartition(".")[2]
     server = ModelServer(
-        name, make, Versions(store), tag=tag, canary=parsed, token=token, pins=pins, rows=batch,
+        name, make, open_versions(store), tag=tag, canary=parsed, token=token, pins=pins, rows=batch,
         wait_s=batch_wait_ms / 1e3, body_bytes=body_mib << 20,
         fleet_url=check_url(fleet_url or url_of(sock)) if fleet or fleet_url else "",
     )  # fmt: skip
@@ -318,7 +322,11 @@ def serve(
 @main.command()
 @click.argument("version")
 @click.argument("tag", default="prod")
-@click.option("--store", required=True, help="The folder or URL with the model's versions.")
+@click.option(
+    "--store",
+    required=True,
+    help="The folder or URL with the model's versions, or the address of the job that publishes them.",
+)
 @click.option(
     "--timeout-s",
     default=300.0,
@@ -338,9 +346,9 @@ def promote(version: str, tag: str, store: str, timeout_s: float, forget: tuple[
     """
     from headwater._fleet import Fleet, asker, check_url
     from headwater._fleet import promote as steps
-    from headwater._versions import Versions
+    from headwater._subscription import open_versions
 
-    versions = Versions(store)
+    versions = open_versions(store)
     fleet, number = Fleet(versions, tag), versions.get(versions.resolve(version)).id
     with fleet.alone():
         for url in forget:

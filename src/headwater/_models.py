@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from headwater._errors import LayoutError, RequestError, SettingError
+from headwater._errors import RequestError, SettingError
 from headwater._oip import DATATYPES, Slot, Tensor
 from headwater._versions import Weights
 
@@ -70,43 +70,6 @@ def wrap(model: Any, device: str = "cpu") -> ServedModel:
     raise SettingError(f"Expected build() to return a torch.nn.Module or a keras.Model, got {type(model).__name__}.")
 
 
-def _apply_torch(module: Any, weights: Weights) -> None:
-    import warnings
-
-    import torch
-
-    targets = dict(module.named_parameters()) | {
-        name: each for name, each in module.named_buffers() if each.is_floating_point() and name in module.state_dict()
-    }
-    _check_names(targets, weights)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the arrays are read-only, as the tensors are here
-        for name, target in targets.items():
-            array = weights.tensors[name]
-            is_bf16 = weights.version.dtypes[name] == "bfloat16"
-            target.data = (
-                torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if is_bf16 else torch.from_numpy(array)
-            )
-
-
-def _apply_keras(model: Any, weights: Weights) -> None:
-    targets = {each.path: each for each in model.variables if not each.path.split("/")[0].startswith("seed_generator")}
-    targets = {name: each for name, each in targets.items() if "seed_generator" not in name}
-    _check_names(targets, weights)
-    for name, target in targets.items():
-        target.assign(weights.tensors[name])
-
-
-def _check_names(targets: Mapping[str, Any], weights: Weights) -> None:
-    for name, target in targets.items():
-        array = weights.tensors.get(name)
-        if array is None or array.shape != tuple(target.shape):
-            got = "none" if array is None else f"one of {array.shape}"
-            raise LayoutError(
-                f"Expected a tensor {name!r} of {tuple(target.shape)}, got {got} — version {weights.version.id}."
-            )
-
-
 class _Arguments:
     """The inputs of a function, by name."""
 
@@ -156,7 +119,7 @@ class TorchModel:
     platform = "pytorch"
 
     def __init__(self, module: Any, device: str = "cpu") -> None:
-        self._module, self._device = module.eval().requires_grad_(False), device
+        self._module, self._device = module.eval().requires_grad_(False).to(device), device
         self._arguments = _Arguments(module.forward)
         example = getattr(module, "example_input_array", None)
         if example is not None and not isinstance(example, Mapping):
@@ -171,8 +134,9 @@ class TorchModel:
         return Slot(name, None, (-1,)) if example is None else _slot_of(example)
 
     def apply(self, weights: Weights) -> None:
-        _apply_torch(self._module, weights)
-        self._module.to(self._device)
+        from headwater.torch import load_weights
+
+        load_weights(self._module, weights)
         if self._example:
             self.outputs = [_slot_of(each) for each in self.run(self._example)]
 
@@ -239,7 +203,9 @@ class KerasModel:
             self._needed, self._takes_more = arguments.needed, arguments.takes_more
 
     def apply(self, weights: Weights) -> None:
-        _apply_keras(self._model, weights)
+        from headwater.keras import load_weights
+
+        load_weights(self._model, weights)
 
     def check(self, inputs: Sequence[Tensor]) -> None:
         _check(inputs, self.inputs, self._needed, self._takes_more)

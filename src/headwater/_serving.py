@@ -24,8 +24,8 @@ AGAIN_S = 60.0  # at most, until a version that failed is tried again
 class Resident:
     """A version in memory."""
 
-    def __init__(self, version: int, model: ServedModel, weights: Weights) -> None:
-        self.version, self.model, self.weights = version, model, weights
+    def __init__(self, version: int, model: ServedModel) -> None:
+        self.version, self.model = version, model
         self.users = 0  # requests; guarded by Residents
 
     def __repr__(self) -> str:
@@ -43,6 +43,7 @@ class Residents:
         self._make, self._versions, self._pins = make, versions, pins
         self._lock = threading.Lock()  # held for moments only
         self._preparing = threading.Lock()  # one at a time
+        self._newest: Weights | None = None  # from which a delta may go on; guarded by _preparing
         self._by_tag: dict[str, Resident] = {}
         self._pinned: dict[int, Resident] = {}  # the one that was asked for last is the last
         self._leaving: list[Resident] = []  # that requests still use
@@ -135,15 +136,16 @@ class Residents:
         with self._preparing:
             with self._lock:
                 resident = self._find(version)
-                newest = max(self._by_tag.values(), key=lambda each: each.version, default=None)
             if resident is not None:
                 return resident
-            weights = self._versions.load(version, base=newest.weights if newest is not None else None)
+            weights = self._versions.load(version, base=self._newest)
+            if self._newest is None or version > self._newest.version.id:
+                self._newest = weights
             with self._lock:
                 model, self._spare = self._spare, None
             model = self._make() if model is None else model
             model.apply(weights)
-            return Resident(version, model, weights)
+            return Resident(version, model)
 
     def discard(self, resident: Resident) -> None:
         """Give up a version that was prepared and is not to answer."""
