@@ -41,7 +41,7 @@ from headwater._serving import Resident, Residents
 from headwater._versions import Versions
 
 LEASE_S = 2.0
-LOOK_S = LEASE_S / 8  # between two looks of a replica at the store
+_LOOK_S = LEASE_S / 8  # between two looks of a replica at the store
 PREPARE_S = 300.0  # to fetch, verify and build
 _MARGIN_S = 0.05  # for the slowest of clocks
 _ANSWER_BYTES = 1 << 16
@@ -260,7 +260,7 @@ class Member:
         self._fleet.unregister(self._url)
 
     def _live(self) -> None:
-        while not self._stopped.wait(LOOK_S):
+        while not self._stopped.wait(_LOOK_S):
             try:
                 self.look()
             except HeadwaterError as error:

@@ -28,6 +28,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from headwater import __version__, _limits
 from headwater._batching import Batcher
 from headwater._errors import AddressError, HeadwaterError, RequestError, SettingError, warn
+from headwater._files import LocalFiles
 from headwater._fleet import Fleet, Member
 from headwater._metrics import TYPE, Metrics
 from headwater._models import ServedModel
@@ -413,6 +414,7 @@ class ModelServer:
             metrics,
             resolve=versions.resolve if self._member is None else self._member.wanted,
             flip=self._residents.flip if self._member is None else self._member.flip,
+            look_s=_limits.LOOK_S if isinstance(versions.files, LocalFiles) else _limits.LOOK_FAR_S,
         )
         self._batcher = Batcher(metrics, rows=rows, wait_s=wait_s)
         self.service = Service(

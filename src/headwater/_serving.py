@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from headwater import _limits
 from headwater._errors import HeadwaterError, RequestError, warn
 from headwater._metrics import Metrics
 from headwater._models import ServedModel
 from headwater._versions import Versions, Weights
 
-POLL_S = 0.5  # between two looks at the tags
-AGAIN_S = 60.0  # at most, until a version that failed is tried again
+_FIRST_S, _LAST_S = 0.5, 60.0  # until a version that failed is tried again, longer each time
 
 
 class Resident:
@@ -186,7 +186,9 @@ class Follower:
         *,
         resolve: Callable[[str], int],
         flip: Callable[[str, Resident], None] | None = None,
+        look_s: float = _limits.LOOK_S,
     ) -> None:
+        self._look_s = look_s
         self._residents, self._tags = residents, list(tags)
         self._resolve, self._flip = resolve, flip or residents.flip
         self.failures: dict[str, Failure] = {}
@@ -214,7 +216,7 @@ class Follower:
             self._thread.join()
 
     def _live(self) -> None:
-        while not self._stopped.wait(POLL_S):
+        while not self._stopped.wait(self._look_s):
             self.step()
 
     def step(self) -> None:
@@ -252,7 +254,7 @@ class Follower:
         is_new = before is None or (before.version, before.reason) != (version, reason)
         if is_new or version is not None:
             self._failed.add(tag)
-        delay_s = POLL_S if is_new or before is None else min(2 * before.delay_s, AGAIN_S)
+        delay_s = _FIRST_S if is_new or before is None else min(2 * before.delay_s, _LAST_S)
         self.failures[tag] = Failure(version, reason, delay_s)
         if is_new:
             current = self._residents.current(tag)
