@@ -29,7 +29,7 @@ from bench.harness import BenchError, Fleet, Samples, read_line
 from bench.load import Client, Seen
 from bench.replica import LAYERS
 from bench.report import Check
-from headwater._errors import HeadwaterError, PeerError
+from headwater._errors import PeerError
 from headwater._fleet import LEASE_S, asker, promote
 from headwater._fleet import Fleet as Replicas
 from headwater._versions import Versions
@@ -123,27 +123,28 @@ class Serving:
 
 
 @contextmanager
-def swapping(store: str, versions: Iterator[int]) -> Iterator[None]:
-    """Move the tag twice a second while the block runs."""
-    is_over, failures = threading.Event(), list[HeadwaterError]()
+def swapping(fleet: Fleet, store: str, versions: Iterator[int]) -> Iterator[None]:
+    """Move the tag twice a second while the block runs, in a process of its own: the client has enough to do."""
+    order = [str(next(versions)) for _ in range(round(WINDOW_S / SWAP_EVERY_S) - 1)]
+    child = fleet.command([sys.executable, "-m", "bench.deploy_serving", "--move", store, *order], dict(os.environ))
+    if "ready" not in read_line(child):
+        raise BenchError("expected a process that moves the tag, got none")
+    assert child.stdin is not None
+    child.stdin.write("go\n")
+    child.stdin.flush()
+    yield
+    if child.wait(WINDOW_S):
+        raise BenchError("the tag could not be moved")
 
-    def swap() -> None:
-        try:
-            held = Versions(store)
-            while not is_over.wait(SWAP_EVERY_S):
-                held.tag("prod", next(versions))
-        except HeadwaterError as error:
-            failures.append(error)
 
-    thread = threading.Thread(target=swap)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
-    if failures:
-        raise BenchError(str(failures[0]))
+def move(store: str, order: list[str]) -> None:
+    """Move the tag to these versions, twice a second from when it is told to."""
+    versions = Versions(store)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for each in order:
+        time.sleep(SWAP_EVERY_S)
+        versions.tag("prod", int(each))
 
 
 def swaps(fleet: Fleet, windows: int = WINDOWS) -> Answer:
@@ -162,7 +163,7 @@ def swaps(fleet: Fleet, windows: int = WINDOWS) -> Answer:
     for number in range(windows):
         for is_swapping in (True, False) if number % 2 else (False, True):
             if is_swapping:
-                with swapping(store, names):
+                with swapping(fleet, store, names):
                     found = client.open(rate, WINDOW_S, SEED + number)
             else:
                 found = client.open(rate, WINDOW_S, SEED + number)
@@ -441,6 +442,9 @@ FIGURES: dict[str, tuple[str, str, Callable[[Fleet], Answer]]] = {
 
 def main(words: list[str]) -> None:
     """Run deploy.1 for longer."""
+    if words[:1] == ["--move"]:
+        move(words[1], words[2:])
+        return
     if len(words) != 2 or words[0] != "--swaps":
         raise SystemExit(__doc__)
     with Fleet() as fleet:

@@ -48,7 +48,7 @@ class Client:
         try:
             writer.write(self._request)
             head = await reader.readuntil(b"\r\n\r\n")
-            size = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+            size = int(head.lower().split(b"\r\ncontent-length:")[1].split(b"\r\n")[0])
             body = await reader.readexactly(size)
         except BaseException:
             writer.close()
