@@ -12,7 +12,7 @@ import numpy as np
 import headwater as hw
 from bench.harness import Step
 from bench.peers.plain import PlainTable
-from bench.traffic import BATCH, DIM, batches, fill_batches, gradients
+from bench.traffic import BATCH, DIM, batches, fill_batches, gradients, lookups
 from headwater import _kernels
 from headwater._transport import Address
 
@@ -105,6 +105,67 @@ def training_worker(address: str, rows: int, policy: dict[str, Any], compute_s: 
         time.sleep(compute_s)
         table.push(ids, raw)
         ids = following
+
+    return step
+
+
+#: An id whose row counts the pushes of a run: each adds one to its value.
+PROBE = -1
+
+
+def updating_worker(address: str, rows: int, batch: int, interval_s: float, seconds: float) -> Step:
+    """Make all rows, then return a step that pushes gradients for `batch` rows every `interval_s`, for so many seconds.
+
+    It returns for each push the probe's value after it, and a moment before it counted.
+    """
+    session = connect(address, 1, "asp")
+    table = session.table("rows", dim=DIM, optimizer=hw.optim.SGD(lr=1.0), initial=hw.Constant(0.0))
+    for ids in fill_batches(rows):
+        table.push(ids, np.full((len(ids), DIM), -1.0, np.float32))
+    chance, gradient = np.random.default_rng(0), np.full((batch + 1, DIM), -1.0, np.float32)
+    value = 0
+
+    def step() -> list[tuple[int, float]]:
+        nonlocal value
+        begin, found = time.perf_counter(), []
+        for i in range(round(seconds / interval_s)):
+            time.sleep(max(begin + i * interval_s - time.perf_counter(), 0.0))
+            ids = np.append(chance.choice(rows, batch, replace=False), PROBE)
+            value += 1
+            found.append((value, time.perf_counter()))
+            table.push(ids, gradient)
+            table.stats()  # answered when the push has counted
+        return found
+
+    return step
+
+
+def lookup_reader(address: str, rows: int, count: int) -> Step:
+    """Return a step that looks `count` rows up at a replica."""
+    reader, traffic = hw.lookup(address), lookups(rows, count)
+    return lambda: reader.pull("rows", next(traffic))
+
+
+def watching_reader(address: str, rows: int, count: int, seconds: float) -> Step:
+    """Return a step that looks rows up, the probe among them, every millisecond for so many seconds.
+
+    It returns each value of the probe with the moment when it was first seen, the durations of the lookups, and the replica's own lag.
+    """
+    reader, traffic = hw.lookup(address), lookups(rows, count)
+
+    def step() -> tuple[list[tuple[int, float]], list[float], float]:
+        begin, seen, took = time.perf_counter(), [(-1, 0.0)], []
+        while time.perf_counter() < begin + seconds:
+            ids = next(traffic).copy()
+            ids[0] = PROBE
+            asked = time.perf_counter()
+            value = int(reader.pull("rows", ids)[0, 0])
+            now = time.perf_counter()
+            took.append(now - asked)
+            if value > seen[-1][0]:
+                seen.append((value, now))
+            time.sleep(1e-3)
+        return seen[1:], took, reader.stats().tables[0].lag_p99_s
 
     return step
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import cycle
 
 import numpy as np
 
@@ -38,3 +39,9 @@ def fill_batches(rows: int) -> Iterator[np.ndarray]:
 def gradients(count: int, seed: int) -> np.ndarray:
     """Return small gradients, float32 (count, DIM)."""
     return np.random.default_rng(seed).normal(0, 1e-3, (count, DIM)).astype(np.float32)
+
+
+def lookups(rows: int, count: int) -> Iterator[np.ndarray]:
+    """Yield for ever the ids of one lookup, each equally likely; they return after a million, which is more than caches hold."""
+    ids = np.random.default_rng(count).integers(rows, size=(1_000_000 // count, count))
+    return cycle(list(ids))

@@ -59,12 +59,14 @@ from headwater._messages import (
     Register,
     Registered,
     Release,
+    ReplicaStats,
     Report,
     Restore,
     Restored,
     Resume,
     Room,
     Seal,
+    ServedTable,
     ServerAddress,
     SetAside,
     Sides,
@@ -177,8 +179,8 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
     (
         Stats(6, 1.5, 7, 56, 56, 1, bsp(), 1, (WorkerStats(0, "host:42", True, 6, 0, 2, 6, 1, {"loss": 2.5}),)),
         (
-            "9aa5537461747306cb3ff80000000000000738380192a36273700001919900a7686f73743a3432c3060002060181a46c"
-            "6f7373cb4004000000000000"
+            "9ba5537461747306cb3ff80000000000000738380192a36273700001919900a7686f73743a3432c3060002060181a46c"
+            "6f7373cb400400000000000090"
         ),
     ),
     (
@@ -275,13 +277,13 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
     ),
     (Room(0, 65536, True), "94a4526f6f6d00ce00010000c3"),
     (PullRows(1, 0, 3, True), "95a850756c6c526f7773010003c3"),
-    (PulledRows(), "91aa50756c6c6564526f7773"),
+    (PulledRows(2), "92aa50756c6c6564526f777302"),
     (WarmRows(1, 2, 3), "94a85761726d526f7773010203"),
     (PushRows(1, 4, -1, 3, (0.5,)), "96a850757368526f77730104ff0391cb3fe0000000000000"),
     (Gather(((9, 4, 0.5),)), "92a647617468657291930904cb3fe0000000000000"),
-    (Track(1, "replica", True), "94a5547261636b01a77265706c696361c3"),
-    (ChangesGet(1, "replica", 1 << 31), "94aa4368616e67657347657401a77265706c696361ce80000000"),
-    (Changed(2, 1, False, True), "95a74368616e6765640201c2c3"),
+    (Track(1, "replica", True, True), "95a5547261636b01a77265706c696361c3c3"),
+    (ChangesGet(1, "replica", 1 << 31), "95aa4368616e67657347657401a77265706c696361ce80000000c3"),
+    (Changed(2, 1, False, True, 7), "96a74368616e6765640201c2c307"),
     (PageGet(1, 0, 65536), "94a7506167654765740100ce00010000"),
     (Page(2, -1, 7), "94a45061676502ff07"),
     (PagePut(1, 2, 7), "94a750616765507574010207"),
@@ -301,4 +303,11 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
     (MakeRoom(), "91a84d616b65526f6f6d"),
     (SetAside(), "91a85365744173696465"),
     (Release(), "91a752656c65617365"),
+    (
+        ReplicaStats((ServedTable("items", 2, 3, 99, 7, 0.5, 0.25, 0.75, 5, 1, 1, 4, 8, 2),), "lost"),
+        (
+            "93ac5265706c6963615374617473919ea56974656d7302036307cb3fe0000000000000cb3fd0000000000000cb3fe800"
+            "0000000000050101040802a46c6f7374"
+        ),
+    ),
 ]

@@ -24,7 +24,19 @@ from unittest import mock
 import greenlet
 from faulty_files import FaultyFiles, _File
 
-from headwater import _coordinator, _dense, _keeper, _limits, _log, _peers, _server, _session, _snapshots, _table
+from headwater import (
+    _coordinator,
+    _dense,
+    _keeper,
+    _limits,
+    _listener,
+    _log,
+    _peers,
+    _server,
+    _session,
+    _snapshots,
+    _table,
+)
 from headwater._errors import PeerLostError, UnreachableError, WaitTimeoutError
 from headwater._messages import AnyMessage, ServerAddress, decode, encode
 from headwater._peers import Peers
@@ -297,7 +309,7 @@ class World:
 
     def __enter__(self) -> World:
         stack = self._stack = ExitStack()
-        modules = (_coordinator, _dense, _keeper, _log, _peers, _server, _session, _snapshots, _table)
+        modules = (_coordinator, _dense, _keeper, _listener, _log, _peers, _server, _session, _snapshots, _table)
         replaced: list[tuple[object, str, object]] = [
             (module, name, getattr(self, name))
             for module in modules
@@ -305,7 +317,7 @@ class World:
             if hasattr(module, name)
         ]
         replaced += [(module, "connect", self.connect) for module in (_server, _peers)]
-        replaced += [(module, "host_name", lambda: "here") for module in (_server, _peers)]
+        replaced += [(module, "host_name", lambda: "here") for module in (_listener, _server, _peers)]
         replaced += [(_keeper, "open_files", lambda store: (self.files, store))]
         replaced += [(_server.Server, "_listen", lambda server, at: self._listen(server, at))]  # noqa: PLW0108
         replaced += [(_peers.Peers, "_start_beat", lambda peers, at: self._beat(peers, at))]  # noqa: PLW0108

@@ -594,3 +594,44 @@ def test_a_follower_takes_over_from_a_killed_server(machine: Machine, transport:
     output.wait_for("its follower takes over")
     assert output.finish() == 0
     assert "ends at -399.0 -399.0" in output.text
+
+
+def test_a_replica_serves_what_it_has_while_its_job_is_away_and_then_follows_it(
+    machine: Machine, tmp_path: Path
+) -> None:
+    job, ids = f"unix://{machine.folder}/job", np.arange(12)
+
+    def start_server(*more: str) -> Output:
+        options = ("--consistency", "asp", "--durability", "log", "--store", str(tmp_path / "store"), "--index", "0")
+        output = machine.start("-m", "headwater", "server", "--listen", job, *options, *more, HEADWATER_TOKEN=TOKEN)
+        output.wait_for("listening on")
+        return output
+
+    def push(some: np.ndarray) -> np.ndarray:
+        with hw.connect(job, token=TOKEN) as session:
+            table = session.table("items", 3)
+            table.push(some, np.ones((len(some), 3), np.float32))
+            return table.pull(ids, touch=False)
+
+    server = start_server()
+    before = push(ids[:3])
+    options = ("--job", job, "--listen", "tcp://127.0.0.1:0", "--tables", "items")
+    replica = machine.start("-m", "headwater", "replica", *options, HEADWATER_TOKEN=TOKEN)
+    address = replica.wait_for(r"listening on (\S+)")[1]
+    replica.wait_for(r"tables: items \(3 rows\)")
+    with hw.lookup(address, token=TOKEN) as reader:
+        server.process.kill()
+        replica.wait_for("the replica serves what it has")
+        np.testing.assert_array_equal(reader.pull("items", ids), before)
+        assert reader.stats().trouble
+        (machine.folder / "job").unlink()  # which it had no time to
+        server = start_server("--resume")
+        after = push(ids[2:9])
+        deadline = time.monotonic() + LIMIT_S
+        while not np.array_equal(reader.pull("items", ids), after):
+            assert time.monotonic() < deadline
+        (table,) = reader.stats().tables
+        assert (table.rows, table.restarts, reader.stats().trouble) == (9, 2, "")
+    for each in (replica, server):
+        each.process.send_signal(signal.SIGTERM)
+        assert each.finish() == 0

@@ -215,15 +215,15 @@ def test_changes_make_a_replica_that_equals_the_table(make: Any, data: st.DataOb
 
 def shared(changes: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return what a session gets of a table's changes."""
-    ids, rows, _, _, deleted, _, restart, more = changes
-    return ids, rows, deleted, restart, more
+    ids, rows, _, _, deleted, step, restart, more = changes
+    return ids, rows, deleted, restart, more, step
 
 
 def follow(replica: Rows, changes: Callable[[], Any]) -> None:
     """Do what a consumer has to do."""
     more = True
     while more:
-        ids, rows, deleted, restart, more = changes()
+        ids, rows, deleted, restart, more, _ = changes()
         if restart:
             replica.clear()
         for i in deleted.tolist():
@@ -623,10 +623,10 @@ def test_a_batch_ahead_that_could_not_be_read_is_read_again(
     pull = ServerRows.pull
     disk_is_broken = [False]
 
-    def broken(self: ServerRows, *arguments: Any, **options: Any) -> None:
+    def broken(self: ServerRows, *arguments: Any, **options: Any) -> int:
         if disk_is_broken[0]:
             raise errors.StorageError("on purpose")
-        pull(self, *arguments, **options)
+        return pull(self, *arguments, **options)
 
     monkeypatch.setattr(ServerRows, "pull", broken)
 

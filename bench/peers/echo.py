@@ -1,4 +1,4 @@
-"""The ceiling of a round trip: 64 bytes there and back between two Python processes over a bare TCP socket."""
+"""Ceilings of a round trip between two Python processes: 64 bytes there and back over TCP; the bytes of a lookup over a Unix socket."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import socket
 import threading
 
 from bench.harness import Step
+from bench.traffic import DIM
 
 BYTES = 64
 
@@ -38,3 +39,41 @@ def echo_worker(port: int) -> Step:
             missing -= peer.recv_into(buffer[:missing])
 
     return step
+
+
+def lookup_server(path: str, count: int) -> str:
+    """Serve one connection: for the bytes of `count` ids, those of their rows. Returns where."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+
+    def serve() -> None:
+        peer, _ = listener.accept()
+        ids, rows = memoryview(bytearray(8 * count)), bytes(4 * DIM * count)
+        while _fill(peer, ids):
+            peer.sendall(rows)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return path
+
+
+def lookup_worker(path: str, count: int) -> Step:
+    """Return a step that sends as many bytes as `count` ids have and waits for those of their rows."""
+    peer = socket.socket(socket.AF_UNIX)
+    peer.connect(path)
+    ids, rows = bytes(8 * count), memoryview(bytearray(4 * DIM * count))
+
+    def step() -> None:
+        peer.sendall(ids)
+        _fill(peer, rows)
+
+    return step
+
+
+def _fill(peer: socket.socket, view: memoryview) -> bool:
+    while view:
+        got = peer.recv_into(view)
+        if not got:
+            return False
+        view = view[got:]
+    return True

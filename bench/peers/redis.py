@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.harness import BenchError, Step
-from bench.traffic import BATCH, DIM, batches, gradients
+from bench.traffic import BATCH, DIM, batches, gradients, lookups
 from headwater import _kernels
 
 CHUNK = 4096  # keys per command
@@ -153,5 +153,41 @@ def worker(index: int, folder: str, rows: int, kind: str) -> Step:
         found["sum"] += np.square(gradient).mean(1)
         found["row"] -= (LR / (np.sqrt(found["sum"]) + EPS))[:, None] * gradient
         client.set(ids, found)
+
+    return step
+
+
+VALUE = np.dtype(
+    [("head", f"S{len(f'${4 * DIM}') + 2}"), ("row", np.float32, DIM), ("tail", "S2")]
+)  # a row to serve, as RESP has it
+VALUE_PAIR = np.dtype([("key", KEY), ("value", VALUE)])
+
+
+def reader(folder: str, rows: int, count: int, is_first: bool) -> Step:
+    """Return a step that looks `count` rows up by one MGET, at once in one buffer. is_first: it sets all rows before."""
+    server = socket.socket(socket.AF_UNIX)
+    server.connect(socket_of(folder))
+
+    def ask(command: bytes, records: np.ndarray, size: int) -> memoryview:
+        server.sendall(command + records.tobytes())
+        answer = memoryview(bytearray(size))
+        missing = answer
+        while missing:
+            missing = missing[server.recv_into(missing) :]
+        return answer
+
+    for start in range(0, rows if is_first else 0, CHUNK):
+        pairs = np.empty(min(CHUNK, rows - start), VALUE_PAIR)
+        pairs["key"] = _keys(np.arange(start, start + len(pairs)))
+        pairs["value"] = np.array((b"$%d\r\n" % (4 * DIM), np.ones(DIM, np.float32), b"\r\n"), VALUE)
+        assert bytes(ask(b"*%d\r\n$4\r\nMSET\r\n" % (1 + 2 * len(pairs)), pairs, 5)) == b"+OK\r\n"
+    traffic = lookups(rows, count)
+    head = b"*%d\r\n" % count
+
+    def step() -> None:
+        answer = ask(b"*%d\r\n$4\r\nMGET\r\n" % (1 + count), _keys(next(traffic)), len(head) + count * VALUE.itemsize)
+        found = np.frombuffer(answer, VALUE, offset=len(head))
+        assert found["head"][-1] == b"$%d\r\n" % (4 * DIM)
+        np.ascontiguousarray(found["row"])
 
     return step

@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from headwater._consistency import Consistency, asp, bsp, ssp
     from headwater._data import LeasedData, Portion
     from headwater._lookup import Changes, Table, hash_ids
-    from headwater._messages import TableStats
+    from headwater._messages import ReplicaStats, TableStats
+    from headwater._reader import Reader, lookup
+    from headwater._replica import Replica
     from headwater._rows import Constant, Normal, RowPolicy, Uniform
     from headwater._server import Server
     from headwater._session import Session
     from headwater._session import connect_session as connect
     from headwater._subscription import Subscription, subscribe
+    from headwater._table_copy import TableCopy
     from headwater._versions import Version, Versions, Weights
 
 __version__ = "0.1.0"
@@ -38,11 +41,15 @@ __all__ = [
     "LeasedData",
     "Normal",
     "Portion",
+    "Reader",
+    "Replica",
+    "ReplicaStats",
     "RowPolicy",
     "Server",
     "Session",
     "Subscription",
     "Table",
+    "TableCopy",
     "TableStats",
     "Uniform",
     "Version",
@@ -54,6 +61,7 @@ __all__ = [
     "durability",
     "errors",
     "hash_ids",
+    "lookup",
     "optim",
     "ssp",
     "subscribe",
@@ -67,11 +75,15 @@ _HOMES = {
     "LeasedData": "_data:LeasedData",
     "Normal": "_rows:Normal",
     "Portion": "_data:Portion",
+    "Reader": "_reader:Reader",
+    "Replica": "_replica:Replica",
+    "ReplicaStats": "_messages:ReplicaStats",
     "RowPolicy": "_rows:RowPolicy",
     "Server": "_server:Server",
     "Session": "_session:Session",
     "Subscription": "_subscription:Subscription",
     "Table": "_lookup:Table",
+    "TableCopy": "_table_copy:TableCopy",
     "TableStats": "_messages:TableStats",
     "Uniform": "_rows:Uniform",
     "Version": "_versions:Version",
@@ -85,6 +97,7 @@ _HOMES = {
     "hash_ids": "_lookup:hash_ids",
     "jax": "jax",
     "keras": "keras",
+    "lookup": "_reader:lookup",
     "optim": "optim",
     "ssp": "_consistency:ssp",
     "subscribe": "_subscription:subscribe",

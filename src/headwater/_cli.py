@@ -8,11 +8,15 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from headwater import __version__
 from headwater._errors import HeadwaterError
+
+if TYPE_CHECKING:
+    from headwater._listener import Listener
 
 _AFTER_SCRIPT = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
@@ -226,18 +230,38 @@ def server(
         follows=follow,
         is_apart=coordinator,
     )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: running.stopped.set())
-    click.echo(f"headwater server listening on {running.address.tcp or running.address.unix}")
+    words = [f"headwater server listening on {running.address.tcp or running.address.unix}"]
     if made_up:
-        click.echo(
+        words.append(
             f"workers need: export HEADWATER_ADDRESS={running.address.tcp or running.address.unix} HEADWATER_TOKEN={token}"
         )
-    sys.stdout.flush()
-    if stop_with_input:
-        threading.Thread(target=_stop_with_input, args=(running.stopped,), daemon=True).start()
-    running.stopped.wait()
-    running.close()
+    _serve_until_told(running, words, stop_with_input=stop_with_input)
+
+
+@main.command()
+@click.option("--job", envvar="HEADWATER_ADDRESS", required=True, help="A running job; default: $HEADWATER_ADDRESS.")
+@click.option(
+    "--listen",
+    default="tcp://127.0.0.1:7078",
+    show_default=True,
+    help="tcp://HOST:PORT (0: any) or unix:///PATH.",
+)
+@click.option("--tables", metavar="NAME,…", default="", help="Only these; default: all that the job has or will have.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="For large lookups.")
+@click.option("--stop-with-input", is_flag=True, hidden=True, help="Stop at the end of standard input.")
+def replica(job: str, listen: str, tables: str, threads: int, stop_with_input: bool) -> None:
+    """Serve a copy of a running job's embedding tables, kept up to date, until SIGTERM or Ctrl+C.
+
+    Readers connect with headwater.lookup(). They and this process show the job's HEADWATER_TOKEN. When the job is lost, what there was is
+    served until it is back.
+    """
+    from headwater._replica import Replica
+
+    names = [name for name in tables.split(",") if name]
+    running = Replica(job, listen=listen, tables=names, threads=threads)
+    copied = ", ".join(f"{table.name} ({table.rows:,} rows)" for table in running.stats().tables) or "none yet"
+    words = [f"headwater replica listening on {running.address.tcp or running.address.unix}", f"tables: {copied}"]
+    _serve_until_told(running, words, stop_with_input=stop_with_input)
 
 
 @main.command()
@@ -320,13 +344,9 @@ def serve(
 
 
 @main.command()
+@click.argument("store")
 @click.argument("version")
-@click.argument("tag", default="prod")
-@click.option(
-    "--store",
-    required=True,
-    help="The folder or URL with the model's versions, or the address of the job that publishes them.",
-)
+@click.option("--tag", default="prod", show_default=True, help="The tag that the fleet serves.")
 @click.option(
     "--timeout-s",
     default=300.0,
@@ -337,8 +357,8 @@ def serve(
 @click.option(
     "--forget", multiple=True, metavar="URL", help="Strike a replica that is gone for good from the fleet, first."
 )
-def promote(version: str, tag: str, store: str, timeout_s: float, forget: tuple[str, ...]) -> None:
-    """Let TAG (prod) name VERSION, a number or another tag, on every replica of a fleet or on none.
+def promote(store: str, version: str, tag: str, timeout_s: float, forget: tuple[str, ...]) -> None:
+    """Let the tag name VERSION, a number or another tag, on every replica of a fleet or on none.
 
     Every replica first fetches, verifies and builds it aside; when all have, the tag moves and they turn. A replica that misses that
     answers 503 until it has caught up, by itself. Exit status 2: nothing has changed. The replicas' token is in HEADWATER_TOKEN. To
@@ -408,6 +428,122 @@ def restore(store: str, folder: str) -> None:
     files, path = open_files(store)
     commit = copy(files, newest(files, path), *open_files(folder))
     click.echo(f"commit {commit} of {store} is in {folder}")
+
+
+# Versions.
+
+_store = click.option(
+    "--store",
+    envvar="HEADWATER_VERSIONS",
+    default="versions",
+    show_default=True,
+    metavar="FOLDER",
+    help="Where versions are: a folder or an fsspec URL; default: $HEADWATER_VERSIONS.",
+)
+
+
+@main.command()
+@click.argument("source", envvar="HEADWATER_ADDRESS")
+@_store
+@click.option("--tag", help="Let this tag point at it.")
+@click.option(
+    "--metric", "metrics", multiple=True, metavar="NAME=NUMBER", help="Keep a number with it; may be repeated."
+)
+@click.option("--attach", multiple=True, type=click.Path(path_type=Path), help="Copy this file beside the weights.")
+def publish(source: str, store: str, tag: str | None, metrics: tuple[str, ...], attach: tuple[Path, ...]) -> None:
+    """Publish the parameters of SOURCE as a version.
+
+    SOURCE is a running job's address, default $HEADWATER_ADDRESS, or the folder of a saved job or of a job's store. A job's token is in
+    HEADWATER_TOKEN.
+    """
+    from headwater._publishing import read_saved
+    from headwater._session import connect_session
+    from headwater._versions import Versions
+
+    numbers = {name: _number(name, text) for name, _, text in (metric.partition("=") for metric in metrics)}
+    if source.startswith(("tcp://", "unix://")):
+        with connect_session(source, role="observer") as session:
+            version = session.publish(tag, store=store, metrics=numbers, attach=attach).result()
+        assert version is not None
+    else:
+        arrays, dtypes, commit = read_saved(source)
+        version = Versions(store).publish(arrays, dtypes=dtypes, commit=commit, metrics=numbers, tag=tag, attach=attach)
+    click.echo(f"version {version.id}, of commit {version.commit:,}, is in {store}" + (f", as {tag}" if tag else ""))
+
+
+@main.command()
+@_store
+def versions(store: str) -> None:
+    """List the versions in a store, and their tags."""
+    from headwater._versions import Versions, describe
+
+    click.echo(describe(Versions(store)), nl=False)
+
+
+@main.command()
+@_store
+@click.argument("name")
+@click.argument("version", required=False)
+@click.option("--remove", is_flag=True, help="Remove the tag.")
+def tag(store: str, name: str, version: str | None, remove: bool) -> None:
+    """Let the tag NAME point at VERSION, a number or another tag; back to an older one is how to roll back.
+
+    Without VERSION, say where it points.
+    """
+    from headwater._versions import Versions
+
+    known = Versions(store)
+    if remove:
+        known.untag(name)
+    elif version is None:
+        click.echo(known.resolve(name))
+    else:
+        click.echo(f"{name} is version {known.tag(name, version)}")
+
+
+@main.command()
+@_store
+@click.argument("one")
+@click.argument("other")
+def diff(store: str, one: str, other: str) -> None:
+    """Say how version OTHER differs from version ONE, numbers or tags. Exit status 1: it does."""
+    from headwater._versions import Versions, describe_differences
+
+    text, are_same = describe_differences(Versions(store), one, other)
+    click.echo(text, nl=False)
+    sys.exit(0 if are_same else 1)
+
+
+@main.command()
+@_store
+@click.argument("version")
+@click.argument("folder")
+def fetch(store: str, version: str, folder: str) -> None:
+    """Make FOLDER of VERSION, a number or a tag: model.safetensors and what was attached, as other tools load them."""
+    from headwater._versions import Versions
+
+    found = Versions(store).fetch(version, folder)
+    click.echo(f"version {found.id} is in {folder}")
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise click.BadParameter(f"{name}={text} is no NAME=NUMBER.", param_hint="--metric") from None
+
+
+def _serve_until_told(running: Listener, words: list[str], *, stop_with_input: bool) -> None:
+    """Say what there is to say, and run until SIGTERM, Ctrl+C or, where it is wanted, the end of standard input."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: running.stopped.set())
+    for line in words:
+        click.echo(line)
+    sys.stdout.flush()
+    if stop_with_input:
+        threading.Thread(target=_stop_with_input, args=(running.stopped,), daemon=True).start()
+    running.stopped.wait()
+    running.close()
 
 
 def _stop_with_input(stopped: threading.Event) -> None:

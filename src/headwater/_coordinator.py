@@ -1226,6 +1226,7 @@ class Coordinator:
             return Stats(
                 self._commit, time.monotonic() - self._start_s, self._layout.parameters if self._layout else 0,
                 pushes * size, pushes * size, self._refused, policy.consistency, self._server_count, tuple(rows),
+                tuple(self._tables),
             )  # fmt: skip
 
     def live_workers(self) -> int:

@@ -74,10 +74,11 @@ class Changes(NamedTuple):
     """
 
     ids: np.ndarray  # int64 (k,)
-    rows: np.ndarray  # float32 (k, dim + state): the value, then the optimizer's state
+    rows: np.ndarray  # float32 (k, dim + state): the value, then the optimizer's state where it was asked for
     deleted: np.ndarray  # int64 (m,)
     restart: bool
     more: bool
+    step: int  # the table's step number, then
 
 
 class PageOfRows(NamedTuple):
@@ -367,11 +368,15 @@ class Table:
         sums = {name: sum(getattr(part, name) for part in found) for name in TableStats.__struct_fields__}
         return TableStats(**{**sums, "step": max(part.step for part in found)})
 
-    def track(self, consumer: str) -> None:
-        """Begin a delta stream by this name, or start it over; `changes` then gives everything first. At most 6 a table."""
-        self._ask_all(Track(self.number, consumer, True), Done)
+    def track(self, consumer: str, *, ends: bool = False) -> None:
+        """Begin a delta stream by this name, or start it over; `changes` then gives everything first. At most 6 a table.
+
+        ends: with this session, however that ends; else with `untrack` alone.
+        """
+        track = Track(self.number, consumer, True, ends)
+        self._ask_all(track, Done)
         for link in self._links:
-            link.tracked[self.number, consumer] = Track(self.number, consumer, True)
+            link.tracked[self.number, consumer] = track
 
     def untrack(self, consumer: str) -> None:
         """End a delta stream: nothing is noted for it any more."""
@@ -379,24 +384,25 @@ class Table:
         for link in self._links:
             link.tracked.pop((self.number, consumer), None)
 
-    def changes(self, consumer: str, limit: int = 1 << 31) -> Changes:
+    def changes(self, consumer: str, limit: int = 1 << 31, *, state: bool = True) -> Changes:
         """Return what was written and deleted since this consumer last asked, evictions and expiry included.
 
-        limit: about so many rows a server at most; the rest comes when asked `more`. Under BSP it is the state after one commit.
+        limit: about so many rows a server at most; the rest comes when asked `more`. state: rows hold the optimizer's too. Under BSP
+        it is the state after one commit.
         """
-        width = self.spec.width
+        width = self.spec.width if state else self.dim
 
         def size(answer: Changed) -> int:
             return changes_bytes(answer.written, answer.deleted, width)
 
         with self._still():
-            asked = ChangesGet(self.number, consumer, limit)
+            asked = ChangesGet(self.number, consumer, limit, state)
             found = self._ask_all(asked, Changed, size)
             restarts = [answer.restart for answer, _ in found]
             if any(restarts):  # everything is dropped, so everything must come, from every server
                 for i, link in enumerate(self._links):
                     if not restarts[i]:
-                        link.ask(Track(self.number, consumer, True), Done)
+                        link.ask(link.tracked.get((self.number, consumer), Track(self.number, consumer, True)), Done)
                         found[i] = link.ask(asked, Changed, size)
         ids, rows, deleted = [], [], []
         for answer, raw in found:
@@ -404,8 +410,8 @@ class Table:
             ids.append(raw[:start].view(np.int64))
             deleted.append(raw[start:stop].view(np.int64))
             rows.append(raw[stop:].view(np.float32).reshape(-1, width))
-        more = any(answer.more for answer, _ in found)
-        return Changes(np.concatenate(ids), np.concatenate(rows), np.concatenate(deleted), any(restarts), more)
+        more, step = any(answer.more for answer, _ in found), max(answer.step for answer, _ in found)
+        return Changes(np.concatenate(ids), np.concatenate(rows), np.concatenate(deleted), any(restarts), more, step)
 
     def export(self, path: str | os.PathLike[str]) -> int:
         """Write every row, spilled ones included, to PATH.safetensors or PATH.parquet; returns how many.

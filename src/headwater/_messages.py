@@ -469,6 +469,7 @@ class Stats(Message, frozen=True, tag=True):
     consistency: Consistency
     servers: int
     workers: tuple[WorkerStats, ...]
+    tables: tuple[TableSpec, ...] = ()  # by number
 
 
 class LeaseTake(Message, frozen=True, tag=True):
@@ -540,7 +541,9 @@ class PullRows(Message, frozen=True, tag=True):
 
 
 class PulledRows(Message, frozen=True, tag=True):
-    """The rows lie in the room, or are the payload."""
+    """The rows lie in the room, or are the payload. `missing`: so many ids have none, and their initial values lie there."""
+
+    missing: int = 0
 
 
 class WarmRows(Message, frozen=True, tag=True):
@@ -575,28 +578,31 @@ class Gather(Message, frozen=True, tag=True):
 
 
 class Track(Message, frozen=True, tag=True):
-    """Begin a delta stream of a table by this name, or end it."""
+    """Begin a delta stream of a table by this name, or end it. `ends`: with this connection, if not before."""
 
     table: int
     consumer: str
     begin: bool
+    ends: bool = False
 
 
 class ChangesGet(Message, frozen=True, tag=True):
-    """What has changed since this consumer last asked, at most about `limit` rows. Answer: Changed."""
+    """What has changed since this consumer last asked, at most about `limit` rows. `state`: with the optimizer's. Answer: Changed."""
 
     table: int
     consumer: str
     limit: int
+    state: bool = True
 
 
 class Changed(Message, frozen=True, tag=True):
-    """Payload: `changes` as in `_rows`. `restart`: drop everything first. `more`: ask again."""
+    """Payload: `changes` as in `_rows`. `restart`: drop everything first. `more`: ask again. `step`: the table's step number."""
 
     written: int
     deleted: int
     restart: bool
     more: bool
+    step: int
 
 
 class PageGet(Message, frozen=True, tag=True):
@@ -650,6 +656,32 @@ class TableStats(Message, frozen=True, tag=True):
     misses: int
 
 
+class ServedTable(Message, frozen=True):
+    """A table of a replica at a glance: as it is now, and counts since the replica began. Times in seconds."""
+
+    name: str
+    dim: int
+    rows: int
+    bytes: int  # of memory: rows, index, growth; while everything comes anew, both sets
+    step: int  # the table's, up to which all is here
+    stale_s: float  # all that the job had so long ago is here
+    lag_p50_s: float  # of the rows that came last: from the update at its server until it was seen here, at most
+    lag_p99_s: float
+    updates: int  # rows written
+    deletes: int
+    restarts: int  # how often everything came anew; the first time counts
+    lookups: int
+    ids: int  # looked up, repeated ones too
+    missing: int  # of those, without a row
+
+
+class ReplicaStats(Message, frozen=True, tag=True):
+    """A replica's answer to StatsGet."""
+
+    tables: tuple[ServedTable, ...]
+    trouble: str = ""  # why it does not follow the job at the moment; empty: it does
+
+
 AnyMessage = (
     Hello | Here | Welcome | Failed | Done | Waiting | Beat | Register | Registered | Initialised | Assign | Attach
     | Attached | Sides | Detach | Put | Pull | Pulled | Push | Seal | Committed | Prepare | Prepared | Norms | Normed
@@ -659,6 +691,7 @@ AnyMessage = (
     | Declare | Declared | OpenTable | Room | PullRows | PulledRows | WarmRows | PushRows | Gather | Track | ChangesGet
     | Changed | PageGet | Page | PagePut | TableStatsGet | TableStats | LeaseTake | Leased
     | MakeRoom | SetAside | Release
+    | ReplicaStats
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

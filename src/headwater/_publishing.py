@@ -20,11 +20,14 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import msgspec
 import numpy as np
 
-from headwater import _limits
+from headwater import _kernels, _limits
 from headwater._errors import HeadwaterError, StorageError, UsageError, WaitTimeoutError, warn
+from headwater._files import open_files
+from headwater._keeper import newest
 from headwater._layout import Layout
 from headwater._messages import AnyMessage, Done, Held, MakeRoom, Pull, Pulled, Release, SetAside, StateSet
 from headwater._peers import Peers
+from headwater._snapshot import MANIFEST, locate, open_manifest, read_dense
 from headwater._versions import Version, Versions, Weights, check_tag
 
 _M = TypeVar("_M")
@@ -186,6 +189,29 @@ class Publisher:
         if len(self._arenas) < 2:
             self._arenas.insert(0, np.empty(size, np.uint8))
         return self._arenas[0]
+
+
+def read_saved(path: str) -> tuple[dict[str, np.ndarray], dict[str, str], int]:
+    """Return the parameters of a saved job or of a store, by name, in the model's dtypes, those, and the commit.
+
+    Raises StorageError where there is neither, or it is torn or rotten.
+    """
+    files, folder = open_files(path)
+    folder = locate(files, folder)
+    if MANIFEST not in files.list(folder):
+        folder = newest(files, folder)
+    manifest = msgspec.structs.replace(open_manifest(files, folder), optimizer=None)  # of which nothing is read
+    layout = manifest.layout
+    part, arena = layout.part(0, 1), np.zeros(layout.wire_bytes, np.uint8)
+    masters = part.new_plane()
+    read_dense(files, folder, manifest, part, {"master": masters})
+    for s, master in zip(part.slices, masters, strict=True):
+        wire = arena[s.byte : s.byte + s.wire_bytes]
+        if s.lane.dtype == s.lane.master:
+            wire[:] = master.view(np.uint8)
+        else:
+            _kernels.convert(wire, s.lane.dtype, master, s.lane.master)
+    return layout.views(arena), {spec.name: spec.dtype for spec in layout.specs}, manifest.commit
 
 
 def read_store(state: Mapping[str, bytes]) -> str | None:

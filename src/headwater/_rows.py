@@ -5,8 +5,8 @@
     batch   := ids rows                      as it lies in a worker's room at a server and travels as a payload:
                                              int64 (n,), then float32 (n, dim) from the next multiple of 64 bytes on
     page    := ids last_seen rows counts     rows as they are exported: int64 (k,) twice, float32 (k, dim + state), float32 (k,)
-    changes := ids deleted rows              int64 (k,), int64 (m,), float32 (k, dim + state): a replica does not need
-                                             counts and last seen
+    changes := ids deleted rows              int64 (k,), int64 (m,), float32 (k, dim + state), or (k, dim): whoever follows
+                                             does not need counts and last seen, and may do without state
 
 Bucket b of 256 lives on server b·n // 256 of n. Example: 3 ids of dim 2 are 24 bytes, a gap up to 64, and 24 bytes.
 """

@@ -277,6 +277,15 @@ def reading(folder: str, name: str) -> Iterator[None]:
         ) from error
 
 
+def size_text(size: float) -> str:
+    """Return a size in bytes as people read it."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.1f} GB"
+
+
 def natural(name: str) -> list[tuple[int, str]]:
     """Sort file-2 before file-10."""
     return [(int(text), "") if text.isdigit() else (0, text) for text in re.split(r"(\d+)", name)]

@@ -7,17 +7,13 @@ worker's inbox and from the state straight to the socket.
 from __future__ import annotations
 
 import contextlib
-import hmac
 import os
-import shutil
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -27,9 +23,7 @@ from headwater._consistency import Consistency
 from headwater._coordinator import Coordinator
 from headwater._dense import Foreseen, Shard
 from headwater._errors import (
-    AuthenticationError,
     HeadwaterError,
-    InternalError,
     PeerLostError,
     ProtocolError,
     SettingError,
@@ -38,6 +32,7 @@ from headwater._errors import (
     warn,
 )
 from headwater._keeper import Keeper, fold, open_store
+from headwater._listener import Listener
 from headwater._messages import (
     AnyMessage,
     Apply,
@@ -83,13 +78,8 @@ from headwater._snapshots import Snapshots
 from headwater._transport import (
     Address,
     Connection,
-    MemoryConnection,
-    SocketConnection,
-    check_user,
     connect,
     host_name,
-    listen,
-    memory_pair,
     request,
 )
 from headwater.durability import Durability
@@ -97,11 +87,7 @@ from headwater.durability import Durability
 ROLES = ("worker", "data", "table", "beat", "observer", "server", "coordinator", "leader")
 
 
-#: Folders of sockets are named by this, the process id and something random.
-_FOLDER = f"headwater-{os.geteuid()}-"
-
-
-class Server:
+class Server(Listener):
     """A running server. Close it, or use it as a context manager; closing twice is fine.
 
     join: the coordinator's address; None: this process holds the coordinator, for `servers` servers and `workers` workers
@@ -133,9 +119,6 @@ class Server:
             raise SettingError(
                 f"Expected up to {_limits.WORKERS} workers and 1 to {_limits.SERVERS} servers, got {workers} and {servers}."
             )
-        if listen_on is not None and not token:
-            raise SettingError("Expected a token where a server listens, got none: set HEADWATER_TOKEN.")
-        self.token = token
         self.shard = Shard(threads=threads or len(os.sched_getaffinity(0)), level=level)
         self._index, self._follows = 0 if join is None else index, follows
         self._keeper, keep = None, None
@@ -156,14 +139,7 @@ class Server:
             self.coordinator = Coordinator(
                 None if is_apart else self.shard, consistency=consistency, workers=workers, servers=servers, keep=keep
             )
-        self._listeners: list[socket.socket] = []
-        self._connections: set[Connection] = set()
-        self._threads: set[threading.Thread] = set()
-        self._lock = threading.Lock()
-        self._is_closed = False
-        self._folder: str | None = None
-        self.stopped = threading.Event()
-        self.address = ServerAddress("", "", host_name())
+        super().__init__(token)
         try:
             if listen_on is not None:
                 self._listen(listen_on)
@@ -179,62 +155,6 @@ class Server:
         except BaseException:
             self.close()
             raise
-
-    def _listen(self, address: Address) -> None:
-        tcp = ""
-        _sweep_folders()
-        if address.kind == "tcp":
-            sock = listen(address)
-            tcp = str(address._replace(port=sock.getsockname()[1]))
-            self._accept_on(sock)
-            self._folder = tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-")
-            address = Address("unix", f"{self._folder}/socket", 0)
-        self._accept_on(listen(address))
-        self.address = ServerAddress(tcp, str(address), host_name())
-
-    def _accept_on(self, sock: socket.socket) -> None:
-        self._listeners.append(sock)
-        threading.Thread(target=self._accept, args=(sock,), name="accept", daemon=True).start()
-
-    def _accept(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                sock, _ = listener.accept()
-            except OSError:  # closed, or out of descriptors for now
-                if self._is_closed:
-                    return
-                time.sleep(0.05)
-                continue
-            self._serve_in_thread(SocketConnection(sock), partial(check_user, sock))
-
-    def connect_memory(self) -> MemoryConnection:
-        """Return a connection to this server from within the process."""
-        ours, theirs = memory_pair()
-        self._serve_in_thread(ours, lambda: None)
-        return theirs
-
-    def _serve_in_thread(self, connection: Connection, check: Callable[[], None]) -> None:
-        with self._lock:
-            if self._is_closed:
-                connection.close()
-                return
-            self._connections.add(connection)
-            thread = threading.Thread(target=self._serve, args=(connection, check), name="serve", daemon=True)
-            self._threads.add(thread)
-            thread.start()
-
-    def keep(self, connection: Connection) -> None:
-        """Close this connection when the server closes."""
-        with self._lock:
-            self._connections.add(connection)
-            if self._is_closed:
-                connection.close()
-
-    def drop(self, connection: Connection) -> None:
-        """Close a connection that was kept."""
-        connection.close()
-        with self._lock:
-            self._connections.discard(connection)
 
     def _enroll(self, join: Address, patience_s: float) -> None:
         """Join a job as a further server; the coordinator then connects back to us. Its end is ours."""
@@ -279,81 +199,19 @@ class Server:
         whole = np.empty(0, np.uint8) if payload is None else payload
         self._keeper.follow(message.head, [whole[a:b] for a, b in pairwise(ends)])
 
-    # One connection.
-
-    def _serve(self, connection: Connection, check: Callable[[], None]) -> None:
-        handler = None
-        try:
-            check()
-            connection.set_timeout(_limits.HANDSHAKE_S)
-            handler = _Handler(self, connection, self._greet(connection))
-            handler.welcome()
-            connection.set_timeout(_limits.BEAT_LIMIT_S if handler.role == "beat" else None)
-            while handler.handle():
-                pass
-        except HeadwaterError as error:
-            _refuse(connection, error)  # says nothing where it is this connection that was lost
-        except Exception as error:
-            _refuse(connection, InternalError(f"{type(error).__name__}: {error}. Please report this."))
-            raise
-        finally:
-            with self._lock:
-                self._connections.discard(connection)
-            connection.close()
-            if handler is not None:
-                handler.close()
-            with self._lock:
-                self._threads.discard(threading.current_thread())
-
-    def _greet(self, connection: Connection) -> Hello:
-        hello = connection.receive().message
-        if not isinstance(hello, Hello):
-            raise ProtocolError(f"Expected Hello first, got {type(hello).__name__}.")
-        if not hmac.compare_digest(hello.token.encode(), self.token.encode()):
-            raise AuthenticationError(
-                "Expected the job's token, got another or none: set HEADWATER_TOKEN as on the server."
-            )
+    def _handler(self, connection: Connection, hello: Hello) -> _Handler:
         if hello.role not in ROLES:
             raise ProtocolError(f"Expected a role of {', '.join(ROLES)}, got {hello.role!r}.")
-        return hello
+        return _Handler(self, connection, hello)
 
-    def close(self) -> None:
-        """Stop listening and end every connection. What workers share stays theirs."""
-        with self._lock:
-            if self._is_closed:
-                return
-            self._is_closed = True
-            connections, threads = list(self._connections), set(self._threads)
-        for listener in self._listeners:
-            with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
+    def _ending(self) -> None:
         if self.coordinator is not None:
             self.coordinator.close()  # first: that workers' connections end now does not mean that they have left
-        for connection in connections:
-            connection.close()
+
+    def _ended(self) -> None:
         if self._keeper is not None:
             self._keeper.close()
         self._let_go()
-        # A thread that is in native code while the interpreter ends would abort the process.
-        deadline = time.monotonic() + _limits.CLOSE_S
-        for thread in threads - {threading.current_thread()}:
-            thread.join(max(deadline - time.monotonic(), 0.0))
-        if self.address.unix:
-            path = Path(Address.parse(self.address.unix).host)
-            with contextlib.suppress(OSError):
-                path.unlink()
-                if path.parent.name.startswith(_FOLDER):  # a launcher's, which may have been killed
-                    path.parent.rmdir()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        self.stopped.set()
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<Server {self.address.tcp or self.address.unix or 'embedded'} commit={self.shard.commit}>"
@@ -611,35 +469,5 @@ def _at_work(connection: Connection) -> Iterator[None]:
         thread.join()
 
 
-def _refuse(connection: Connection, error: HeadwaterError) -> None:
-    """Tell a peer why its connection ends, and give it a moment to read that before the reset."""
-    with contextlib.suppress(HeadwaterError):
-        connection.send(Failed(type(error).__name__, str(error)))
-        connection.flush()
-        if isinstance(error, WaitTimeoutError):
-            return
-        if isinstance(connection, SocketConnection):
-            connection.drain()
-
-
 def _label() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
-
-
-def _sweep_folders() -> None:
-    """Remove the socket folders of this user's servers that were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*-*"):
-        process = folder.name.split("-")[2]
-        gone = process.isdigit() and not Path(f"/proc/{process}").exists()
-        if gone and not any(_is_heard(path) for path in folder.glob("*")):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_heard(path: Path) -> bool:
-    """Whether somebody listens there: a process that is unknown here may live in another container."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return False
-        return True

@@ -40,6 +40,7 @@ from headwater._sealed import (
     read_header,
     read_sealed,
     reading,
+    size_text,
     write_sealed,
 )
 from headwater.optim import AnyOptimizer, RowOptimizer
@@ -558,7 +559,7 @@ def describe(files: Files, path: str) -> tuple[str, bool]:
         blocks.append(text)
         is_sound &= holds
     logs = [name for name in files.list(path) if name.endswith(".hwl")]
-    blocks += [f"{path}/{name}\n  log  {_size(files.size(f'{path}/{name}'))}\n" for name in logs]
+    blocks += [f"{path}/{name}\n  log  {size_text(files.size(f'{path}/{name}'))}\n" for name in logs]
     return "\n".join(blocks), is_sound
 
 
@@ -589,7 +590,7 @@ def _describe_job(files: Files, folder: str, manifest: Manifest) -> tuple[str, b
         )
     lines += [
         ("state", ", ".join(manifest.state) or "none"),
-        ("files", f"{len(manifest.files)}, {_size(sum(file.bytes for file in manifest.files))}"),
+        ("files", f"{len(manifest.files)}, {size_text(sum(file.bytes for file in manifest.files))}"),
         ("hashes", hashes),
     ]
     width = max(len(key) for key, _ in lines)
@@ -604,14 +605,6 @@ def _count_rows(files: Files, folder: str, manifest: Manifest, number: int) -> i
             is_row.append(np.full(len(ids[-1]), name == "ids"))
     last = np.unique(np.concatenate(ids)[::-1], return_index=True)[1]
     return int(np.concatenate(is_row)[::-1][last].sum())
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.1f} GB"
 
 
 def _snapshots(files: Files, store: str) -> list[str]:

@@ -60,7 +60,7 @@ class Subscription:
         self._said = ""
         self._changed = threading.Condition()
         self._is_closed = False
-        self._poll_s = _limits.LOOK_S if isinstance(versions.files, LocalFiles) else _limits.LOOK_FAR_S
+        self._poll_s = _limits.LOOK_TAG_S if isinstance(versions.files, LocalFiles) else _limits.LOOK_TAG_FAR_S
         self._thread = threading.Thread(target=self._follow, name="subscription", daemon=True)
         self._thread.start()
 

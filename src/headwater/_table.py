@@ -14,7 +14,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
@@ -107,10 +108,10 @@ class Rows:
                 f"Expected memory for more rows, got none — {where}: set budget_bytes in its policy."
             ) from error
 
-    def pull(self, ids: np.ndarray, out: np.ndarray, *, touch: bool) -> None:
-        """Set out, float32 (n, dim), to the rows of ids."""
+    def pull(self, ids: np.ndarray, out: np.ndarray, *, touch: bool) -> int:
+        """Set out, float32 (n, dim), to the rows of ids; returns how many have none."""
         with self._host():
-            self.kernel.pull(ids, out, touch=touch, now=time.time())
+            return len(ids) - self.kernel.pull(ids, out, touch=touch, now=time.time())
 
     def warm(self, ids: np.ndarray) -> None:
         """Begin to bring spilled rows into memory, where any can be."""
@@ -218,8 +219,9 @@ class Rows:
     def changes(self, request: ChangesGet) -> Answer:
         """Return what has changed since the consumer last asked."""
         with self._host():
-            ids, rows, _, _, deleted, _, restart, more = self.kernel.changes(request.consumer, request.limit)
-        return Answer(Changed(len(ids), len(deleted), restart, more), join_page(ids, deleted, rows))
+            ids, rows, _, _, deleted, step, restart, more = self.kernel.changes(request.consumer, request.limit)
+        columns = rows if request.state else rows[:, : self.spec.dim]
+        return Answer(Changed(len(ids), len(deleted), restart, more, step), join_page(ids, deleted, columns))
 
     def stats(self) -> TableStats:
         """Return what this server has of the table."""
@@ -257,6 +259,76 @@ class Answer(NamedTuple):
     message: AnyMessage
     payload: memoryview | None = None
     fds: tuple[int, ...] = ()  # the desk keeps them
+
+
+class Rooms:
+    """One peer's rooms: memory in which its batches lie, shared with it where it can be. Used by its connection's thread."""
+
+    def __init__(self) -> None:
+        self.give_up_rooms()
+
+    def give_up_rooms(self) -> None:
+        """Free the memory; what the worker has mapped stays its own."""
+        self._rooms: dict[int, np.ndarray] = {}
+        self._shared: dict[int, SharedBuffer] = {}  # those that the worker maps too
+        self._payload: np.ndarray | None = None  # what came with the request
+
+    def place(self, message: AnyMessage, size: int, expected: int, *, room: int = -1, limit: int = 0) -> memoryview:
+        """Say where the request's payload of `size` bytes goes: into a room, or memory of up to `limit` bytes. Raises ProtocolError
+        where none, or another, is expected."""
+        if room in self._rooms and room not in self._shared:
+            limit = self._rooms[room].nbytes
+        if size != expected or size > limit:
+            raise ProtocolError(f"Expected {min(expected, limit)} bytes with {type(message).__name__}, got {size}.")
+        self._payload = np.empty(size, np.uint8) if room < 0 else self._rooms[room][:size]
+        return memoryview(self._payload)
+
+    def take_payload(self) -> np.ndarray | None:
+        """Return what came with the request."""
+        payload, self._payload = self._payload, None
+        return payload
+
+    def pull(self, request: PullRows, payload: np.ndarray | None, dim: int, pull: Callable[..., int]) -> Answer:
+        """Let pull(ids, out) write the rows into the room and return how many ids have none."""
+        out = self._rows(request.room, request.count, dim)
+        missing = pull(self._ids(request, request.room, payload), out)
+        raw = None if request.room in self._shared else memoryview(out.reshape(-1).view(np.uint8))
+        return Answer(PulledRows(missing), raw)
+
+    def make_room(self, request: Room, *, can_share: bool) -> Answer:
+        """Make room of the size that is asked for, in place of what this room was."""
+        if not 0 <= request.room <= _limits.TABLES or not 0 < request.size <= _limits.ROOM_BYTES:
+            raise ProtocolError(f"Expected a room of up to {_limits.ROOM_BYTES} bytes, got {request}.")
+        self._shared.pop(request.room, None)
+        try:
+            if not (request.share and can_share):
+                self._rooms[request.room] = zeroed(request.size)
+                return Answer(Attached(0))
+            buffer = self._shared[request.room] = SharedBuffer(request.size, "rows")
+        except (OSError, MemoryError) as error:
+            raise HostError(
+                f"Expected memory for a batch of {request.size} bytes, got: {error}. Use smaller ones."
+            ) from error
+        self._rooms[request.room] = buffer.array
+        return Answer(Attached(1), None, (buffer.fd,))
+
+    def _ids(self, request: PullRows | WarmRows | PushRows, room: int, payload: np.ndarray | None) -> np.ndarray:
+        """Return the ids of a batch, which must have come as it was agreed."""
+        if (payload is None) != (room in self._shared or request.count == 0):
+            raise ProtocolError(
+                "Expected a batch to come as it was agreed with Room: in shared memory, or as a payload."
+            )
+        return self._piece(room, 0, 8 * request.count).view(np.int64)
+
+    def _rows(self, room: int, count: int, dim: int) -> np.ndarray:
+        """Return the rows of a batch, float32 (count, dim)."""
+        return self._piece(room, rows_at(count), batch_bytes(count, dim)).view(np.float32).reshape(count, dim)
+
+    def _piece(self, room: int, start: int, stop: int) -> np.ndarray:
+        found = self._rooms.get(room)
+        if found is None or not 0 <= start <= stop <= found.nbytes:
+            raise ProtocolError(f"Expected a batch that fits its room, got {stop} bytes for room {room}.")
+        return found[start:stop]
 
 
 class _Staged(NamedTuple):
@@ -401,23 +473,19 @@ class Tables:
             desk.give_up_rooms()
             if not desk.staged and self._desks.get(desk.identity) is desk:
                 del self._desks[desk.identity]
+        desk.end_streams()
 
 
-class Desk:
+class Desk(Rooms):
     """One worker's rooms and pushes; used by its connection's thread."""
 
     def __init__(self, tables: Tables, identity: int) -> None:
+        super().__init__()
         self._tables, self.identity = tables, identity
         self.is_gone = False
         self.staged: list[_Staged] = []
         self._sequences: dict[int, int] = {}  # of the last push that was staged, by table
-        self.give_up_rooms()
-
-    def give_up_rooms(self) -> None:
-        """Free the memory; what the worker has mapped stays its own."""
-        self._rooms: dict[int, np.ndarray] = {}
-        self._shared: dict[int, SharedBuffer] = {}  # those that the worker maps too
-        self._payload: np.ndarray | None = None  # what came with the request
+        self._streams: set[tuple[int, str]] = set()  # that end with this connection: table, consumer
 
     def sink(self, message: AnyMessage, size: int) -> memoryview:
         """Say where a request's payload of `size` bytes goes. Raises ProtocolError where none, or another, is expected."""
@@ -429,28 +497,24 @@ class Desk:
                 expected, room = batch_bytes(message.count, self._table(message.table).spec.dim), 0
             case PagePut():
                 expected, limit = page_bytes(message.count, self._table(message.table).spec.width), _limits.PAGE_BYTES
-        if room in self._rooms and room not in self._shared:
-            limit = self._rooms[room].nbytes
-        if size != expected or size > limit:
-            raise ProtocolError(f"Expected {min(expected, limit)} bytes with {type(message).__name__}, got {size}.")
-        self._payload = np.empty(size, np.uint8) if room < 0 else self._rooms[room][:size]
-        return memoryview(self._payload)
+        return self.place(message, size, expected, room=room, limit=limit)
 
     def handle(self, request: AnyMessage, *, can_share: bool) -> Answer:
         """Carry out a worker's request."""
-        payload, self._payload = self._payload, None
+        payload = self.take_payload()
         if self._tables.is_over:
             raise _left()
         answer = Answer(Done())
         match request:
             case PullRows():
-                answer = self._pull(request, payload)
+                rows = self._table(request.table)
+                answer = self.pull(request, payload, rows.spec.dim, partial(rows.pull, touch=request.touch))
             case PushRows():
                 self._push(request, payload)
             case WarmRows():
                 self._table(request.table).warm(self._ids(request, request.room, payload))
             case Room():
-                answer = self._make_room(request, can_share=can_share)
+                answer = self.make_room(request, can_share=can_share)
             case PageGet():
                 answer = self._table(request.table).page(request)
             case PagePut():
@@ -466,20 +530,20 @@ class Desk:
                 answer = self._table(request.table).changes(request)
             case Track():
                 self._table(request.table).track(request)
+                self._streams.discard((request.table, request.consumer))
+                if request.ends:
+                    self._streams.add((request.table, request.consumer))
             case TableStatsGet():
                 answer = Answer(self._table(request.table).stats())
             case _:
                 raise ProtocolError(f"Expected a request about tables, got {type(request).__name__}.")
         return answer
 
-    def _pull(self, request: PullRows, payload: np.ndarray | None) -> Answer:
-        rows = self._table(request.table)
-        ids = self._ids(request, request.room, payload)
-        out = self._rows(request.room, request.count, rows.spec.dim)
-        rows.pull(ids, out, touch=request.touch)
-        return Answer(
-            PulledRows(), None if request.room in self._shared else memoryview(out.reshape(-1).view(np.uint8))
-        )
+    def end_streams(self) -> None:
+        """Note nothing any more for those whose connection has ended."""
+        for table, consumer in self._streams:
+            with suppress(SettingError, PeerLostError):  # it was ended before, or the table is no more
+                self._table(table).track(Track(table, consumer, False))
 
     def _push(self, request: PushRows, payload: np.ndarray | None) -> None:
         rows = self._table(request.table)
@@ -512,40 +576,6 @@ class Desk:
         wait = rows.push(part, note=note)
         if wait is not None:
             wait()
-
-    def _make_room(self, request: Room, *, can_share: bool) -> Answer:
-        if not 0 <= request.room <= _limits.TABLES or not 0 < request.size <= _limits.ROOM_BYTES:
-            raise ProtocolError(f"Expected a room of up to {_limits.ROOM_BYTES} bytes, got {request}.")
-        self._shared.pop(request.room, None)
-        try:
-            if not (request.share and can_share):
-                self._rooms[request.room] = zeroed(request.size)
-                return Answer(Attached(0))
-            buffer = self._shared[request.room] = SharedBuffer(request.size, "rows")
-        except (OSError, MemoryError) as error:
-            raise HostError(
-                f"Expected memory for a batch of {request.size} bytes, got: {error}. Use smaller ones."
-            ) from error
-        self._rooms[request.room] = buffer.array
-        return Answer(Attached(1), None, (buffer.fd,))
-
-    def _ids(self, request: PullRows | WarmRows | PushRows, room: int, payload: np.ndarray | None) -> np.ndarray:
-        """Return the ids of a batch, which must have come as it was agreed."""
-        if (payload is None) != (room in self._shared or request.count == 0):
-            raise ProtocolError(
-                "Expected a batch to come as it was agreed with Room: in shared memory, or as a payload."
-            )
-        return self._piece(room, 0, 8 * request.count).view(np.int64)
-
-    def _rows(self, room: int, count: int, dim: int) -> np.ndarray:
-        """Return the rows of a batch, float32 (count, dim)."""
-        return self._piece(room, rows_at(count), batch_bytes(count, dim)).view(np.float32).reshape(count, dim)
-
-    def _piece(self, room: int, start: int, stop: int) -> np.ndarray:
-        found = self._rooms.get(room)
-        if found is None or not 0 <= start <= stop <= found.nbytes:
-            raise ProtocolError(f"Expected a batch that fits its room, got {stop} bytes for room {room}.")
-        return found[start:stop]
 
     def _table(self, number: int) -> Rows:
         rows = self._tables.tables.get(number)

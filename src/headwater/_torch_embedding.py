@@ -17,13 +17,14 @@ from torch.autograd.function import once_differentiable
 from headwater import _kernels
 from headwater._errors import LayoutError, SettingError
 from headwater._lookup import Batch, Table, as_ids
+from headwater._table_copy import TableCopy
 
 
 class _Rows(torch.autograd.Function):
     """A row for each id of a batch."""
 
     @staticmethod
-    def forward(ctx: Any, _: torch.Tensor, table: Table, batch: Batch, is_training: bool) -> torch.Tensor:
+    def forward(ctx: Any, _: torch.Tensor, table: Table | TableCopy, batch: Batch, is_training: bool) -> torch.Tensor:
         ctx.table, ctx.batch = table, batch
         return torch.from_numpy(table.pull_batch(batch, touch=is_training))
 
@@ -42,7 +43,7 @@ class _Bags(torch.autograd.Function):
         ctx: Any,
         _: torch.Tensor,
         weights: torch.Tensor | None,  # float32 (n,)
-        table: Table,
+        table: Table | TableCopy,
         batch: Batch,
         bags: np.ndarray,  # int32 (n,)
         count: int,
@@ -79,7 +80,7 @@ class _Bags(torch.autograd.Function):
 class _Module(torch.nn.Module):
     """What both kinds of embedding share."""
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table | TableCopy) -> None:
         super().__init__()
         self.table = table
 
@@ -100,6 +101,7 @@ class Embedding(_Module):
     """As `torch.nn.Embedding`, with any integers as ids and the rows of a table.
 
     In training mode forward pulls and backward pushes; in `eval()` or under `no_grad()` it only reads, and leaves no trace in the table.
+    A `TableCopy` is only read: to train it is a UsageError.
     """
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -115,7 +117,7 @@ class EmbeddingBag(_Module):
     include_last_offset: offsets end with the number of ids.
     """
 
-    def __init__(self, table: Table, *, mode: str = "mean", include_last_offset: bool = False) -> None:
+    def __init__(self, table: Table | TableCopy, *, mode: str = "mean", include_last_offset: bool = False) -> None:
         super().__init__(table)
         if mode not in ("sum", "mean"):
             raise SettingError(f"Expected mode 'sum' or 'mean', got {mode!r} — table {table.name!r}.")

@@ -111,6 +111,7 @@ class SocketConnection:
         self._start = self._stop = 0  # unread bytes of the input buffer
         self._held: deque[bytearray | memoryview] = deque()  # back: small frames run together, and large payloads
         self._timeout_s: float | None = None
+        self.spin_s = 0.0  #: how long a receive looks again and again before it sleeps: to be woken takes some 30 µs
         self._fds: list[int] = []
 
     def fileno(self) -> int:
@@ -274,6 +275,12 @@ class SocketConnection:
                         self._drop(self._socket.sendmsg(self._held, [], socket.MSG_DONTWAIT))
                 if events[0][1] & ~select.POLLOUT:
                     break
+        deadline = time.perf_counter() + self.spin_s if self.spin_s else 0.0
+        while deadline and time.perf_counter() < deadline:
+            try:
+                return self._socket.recv_into(view, 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                os.sched_yield()  # whoever is to answer may need this core
         return self._socket.recv_into(view)
 
     def _receive_payload(self, target: memoryview, arrived: Arrived | None) -> None:

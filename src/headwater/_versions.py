@@ -39,6 +39,7 @@ from headwater._sealed import (
     is_sealed,
     read_sealed,
     reading,
+    size_text,
     write_sealed,
 )
 
@@ -502,6 +503,51 @@ class Versions:
 
     def __repr__(self) -> str:
         return f"<Versions in {self.path}>"
+
+
+# For people.
+
+
+def describe(versions: Versions) -> str:
+    """Return a table of all versions, oldest first, with their tags."""
+    tags: dict[int, list[str]] = {}
+    for name, number in versions.tags().items():
+        tags.setdefault(number, []).append(name)
+    rows = [("version", "parent", "commit", "written", "kind", "size", "tags", "metrics")]
+    rows += [
+        (
+            str(version.id),
+            "-" if version.parent is None else str(version.parent),
+            f"{version.commit:,}",
+            f"{version.time:%Y-%m-%d %H:%M:%S}",
+            "full" if version.base is None else f"delta of {version.base}",
+            size_text(version.bytes),
+            " ".join(tags.get(version.id, [])) or "-",
+            ", ".join(f"{name} {value:g}" for name, value in version.metrics.items()) or "-",
+        )
+        for version in versions.all()
+    ]
+    if len(rows) == 1:
+        return f"no versions in {versions}\n"
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "".join(
+        "  ".join(f"{text:{w}}" for text, w in zip(row, widths, strict=True)).rstrip() + "\n" for row in rows
+    )
+
+
+def describe_differences(versions: Versions, one: int | str, other: int | str) -> tuple[str, bool]:
+    """Say how one version differs from another, and whether their tensors are the same."""
+    old, new = (versions.get(versions.resolve(which)) for which in (one, other))
+    found = versions.compare(old.id, new.id)
+    lines = [f"version {old.id} of commit {old.commit:,} -> version {new.id} of commit {new.commit:,}"]
+    for name in sorted(old.metrics.keys() | new.metrics.keys()):
+        was, now = (f"{v.metrics[name]:g}" if name in v.metrics else "-" for v in (old, new))
+        lines.append(f"  {name}  {was} -> {now}")
+    lines.append(f"{len(found)} of {len({*old.dtypes, *new.dtypes})} tensors differ")
+    for d in sorted(found, key=lambda d: (d.what, -d.share)):
+        detail = f", {100 * d.share:.3g} % of its elements, by {d.largest:.3g} at most" if d.what == "changed" else ""
+        lines.append(f"  {d.name}  {d.what}{detail}")
+    return "\n".join(lines) + "\n", not found
 
 
 class _Tag(msgspec.Struct):
