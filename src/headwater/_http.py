@@ -420,7 +420,7 @@ class ModelServer:
             metrics,
             resolve=versions.resolve if self._member is None else self._member.wanted,
             flip=self._residents.flip if self._member is None else self._member.flip,
-            look_s=_limits.LOOK_S if isinstance(versions.files, LocalFiles) else _limits.LOOK_FAR_S,
+            look_s=_limits.LOOK_TAG_S if isinstance(versions.files, LocalFiles) else _limits.LOOK_TAG_FAR_S,
         )
         self._batcher = Batcher(metrics, rows=rows, wait_s=wait_s)
         self.service = Service(

@@ -186,7 +186,7 @@ class Follower:
         *,
         resolve: Callable[[str], int],
         flip: Callable[[str, Resident], None] | None = None,
-        look_s: float = _limits.LOOK_S,
+        look_s: float = _limits.LOOK_TAG_S,
     ) -> None:
         self._look_s = look_s
         self._residents, self._tags = residents, list(tags)
