@@ -144,7 +144,7 @@ def test_triton_client_speaks_to_it_and_bad_clients_do_not_harm_it(tmp_path: Pat
 
 
 def promote(store: Path, version: int, *options: str) -> subprocess.CompletedProcess[str]:
-    words = [*HEADWATER, "promote", str(store), str(version), *options]
+    words = [*HEADWATER, "promote", str(version), "--store", str(store), *options]
     environment = os.environ | {"HEADWATER_TOKEN": TOKEN}
     return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=PATIENCE_S, check=False)
 
