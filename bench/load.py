@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import time
 from collections.abc import Callable, Coroutine
@@ -100,6 +101,8 @@ class Client:
         return self._run(self._closed(clients, seconds))
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        gc.freeze()
+
         async def run() -> T:
             try:
                 return await work

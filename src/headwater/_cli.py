@@ -439,7 +439,7 @@ def fetch(store: str, version: str, folder: str) -> None:
     help="Let a request wait for others while the model is idle.",
 )
 @click.option(
-    "--body-mib", default=256, show_default=True, type=click.IntRange(1), help="What a request may have at most."
+    "--body-mib", default=64, show_default=True, type=click.IntRange(1), help="What a request may have at most."
 )
 @click.option("--fleet", is_flag=True, help="Change versions together with the other replicas of this store and tag.")
 @click.option(
