@@ -23,7 +23,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "headwater"
 ORDER = [
     "_kernels", "_errors", "_limits",
     "optim", "durability", "_layout", "_consistency", "_leases", "_rows", "_book",
-    "_files", "_log", "_sealed", "_snapshot", "_delta", "_versions", "_messages", "_wire",
+    "_files", "_log", "_sealed", "_snapshot", "_delta", "_versions", "_oip", "_metrics", "_messages", "_wire",
     "_plan", "_memory", "_transport", "_listener", "_table", "_dense",
     "_snapshots", "_keeper", "_coordinator", "_server",
     "_data", "_rows_file", "_peers", "_dense_link", "_table_link", "_lookup", "_publishing", "_session", "_subscription",
@@ -31,6 +31,7 @@ ORDER = [
     "__init__",
     "_torch_embedding", "torch", "jax",
     "_keras_steps", "_keras_embedding", "keras",
+    "_models", "_batching", "_serving", "_fleet", "_http",
     "_launch", "_display", "_demo", "_cli", "__main__",
 ]  # fmt: skip
 

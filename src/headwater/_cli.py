@@ -405,6 +405,127 @@ def fetch(store: str, version: str, folder: str) -> None:
     click.echo(f"version {found.id} is in {folder}")
 
 
+@main.command()
+@click.option(
+    "--model",
+    "spec",
+    required=True,
+    metavar="MODULE:FUNCTION",
+    help="What builds the model, a torch.nn.Module or a Keras model.",
+)
+@_store
+@click.option(
+    "--tag", default="prod", show_default=True, help="Answer with the version of this tag, whichever that is."
+)
+@click.option("--canary", metavar="TAG:PERCENT", help="Answer so many requests with the version of another tag.")
+@click.option("--name", help="The model's name in URLs; default: the module's.")
+@click.option("--listen", "url", default="http://127.0.0.1:8000", show_default=True, help="http://HOST:PORT (0: any).")
+@click.option("--device", default="cpu", show_default=True, help="Where the model runs, such as cuda:0.")
+@click.option(
+    "--pins",
+    default=2,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Versions in memory that only /versions/ID asks for.",
+)
+@click.option(
+    "--batch", default=64, show_default=True, type=click.IntRange(1), help="Rows that are run together at most."
+)
+@click.option(
+    "--batch-wait-ms",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Let a request wait for others while the model is idle.",
+)
+@click.option(
+    "--body-mib", default=64, show_default=True, type=click.IntRange(1), help="What a request may have at most."
+)
+@click.option("--fleet", is_flag=True, help="Change versions together with the other replicas of this store and tag.")
+@click.option(
+    "--fleet-url", metavar="URL", help="Where `headwater promote` reaches this replica; default: where it listens."
+)
+def serve(
+    spec: str, store: str, tag: str, canary: str | None, name: str | None, url: str, device: str, pins: int, batch: int,
+    batch_wait_ms: float, body_mib: int, fleet: bool, fleet_url: str | None,
+) -> None:  # fmt: skip
+    """Answer requests with a model's published versions over HTTP, until SIGTERM or Ctrl+C.
+
+    The Open Inference Protocol, version 2, which clients of KServe and Triton speak: POST /v2/models/NAME/infer. The tag's version is
+    changed under load, without a failed request, whenever the tag moves. Where other machines reach it HEADWATER_TOKEN must be set; it
+    guards what replicas are told, not inference. A job's address as the store means where it publishes. Needs pip install
+    'headwater[serve]'.
+    """
+    try:
+        from headwater._http import Canary, ModelServer, listen, url_of
+    except ImportError as error:
+        raise click.UsageError(
+            f"Expected Starlette, uvicorn and httptools, got: {error}. pip install 'headwater[serve]'"
+        ) from error
+    from headwater._fleet import check_url
+    from headwater._models import open_model
+    from headwater._subscription import open_versions
+
+    token = os.environ.get("HEADWATER_TOKEN", "")
+    parsed = Canary.parse(canary) if canary is not None else None
+    make = open_model(spec, device)
+    sock = listen(url, token)
+    name = name or spec.partition(":")[0].rpartition(".")[2]
+    server = ModelServer(
+        name, make, open_versions(store), tag=tag, canary=parsed, token=token, pins=pins, rows=batch,
+        wait_s=batch_wait_ms / 1e3, body_bytes=body_mib << 20,
+        fleet_url=check_url(fleet_url or url_of(sock)) if fleet or fleet_url else "",
+    )  # fmt: skip
+    click.echo(f"headwater serves {url_of(sock)}/v2/models/{name}")
+    sys.stdout.flush()
+    server.run(sock)
+
+
+@main.command()
+@click.argument("version")
+@_store
+@click.option("--tag", default="prod", show_default=True, help="The tag that the fleet serves.")
+@click.option(
+    "--timeout-s",
+    default=300.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="For replicas to prepare.",
+)
+@click.option(
+    "--forget", multiple=True, metavar="URL", help="Strike a replica that is gone for good from the fleet, first."
+)
+def promote(version: str, store: str, tag: str, timeout_s: float, forget: tuple[str, ...]) -> None:
+    """Let the tag name VERSION, a number or another tag, on every replica of a fleet or on none.
+
+    Every replica first fetches, verifies and builds it aside; when all have, the tag moves and they turn. A replica that misses that
+    answers 503 until it has caught up, by itself. Exit status 2: nothing has changed. The replicas' token is in HEADWATER_TOKEN. To
+    roll back, promote the former version.
+    """
+    from headwater._fleet import Fleet, asker, check_url
+    from headwater._fleet import promote as steps
+    from headwater._subscription import open_versions
+
+    versions = open_versions(store)
+    fleet, number = Fleet(versions, tag), versions.get(versions.resolve(version)).id
+    with fleet.alone():
+        for url in forget:
+            fleet.unregister(check_url(url))
+        running = steps(fleet, number, asker(os.environ.get("HEADWATER_TOKEN", "")), prepare_s=timeout_s)
+        try:
+            while True:
+                next(running)
+        except StopIteration as done:
+            promoted = done.value
+    told = promoted.replicas - len(promoted.absent)
+    where = (
+        f"on {told} of {promoted.replicas} replicas" if promoted.replicas else "in the store; no replica is registered"
+    )
+    click.echo(f"{tag} is version {number} {where}; it was {promoted.previous}.")
+    for url in promoted.absent:
+        click.echo(f"{url} did not hear of it: it answers nothing until it has caught up.")
+
+
 def _number(name: str, text: str) -> float:
     try:
         return float(text)

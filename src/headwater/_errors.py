@@ -10,6 +10,7 @@
     ├── PeerError                 the other side's misbehaviour or death
     │   ├── ProtocolError         bytes that are not this protocol
     │   ├── AuthenticationError   no token, a wrong one, or another user
+    │   ├── RequestError          a request to a served model that cannot be answered
     │   └── PeerLostError         the connection ended
     ├── HostError                 the surroundings
     │   ├── UnreachableError      nobody listens there
@@ -62,6 +63,14 @@ class ProtocolError(PeerError):
 
 class AuthenticationError(PeerError):
     """The peer showed no token, a wrong one, or belongs to another user."""
+
+
+class RequestError(PeerError):
+    """A request to a served model cannot be answered; nothing has changed."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status  # of HTTP
 
 
 class PeerLostError(PeerError, ConnectionError):

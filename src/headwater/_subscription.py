@@ -27,6 +27,11 @@ def subscribe(source: str | os.PathLike[str], tag: str | int = "latest", *, toke
     the number of a version. token: of the job, default $HEADWATER_TOKEN. Raises SettingError where a job has published nothing yet; a
     store or a tag that is not there yet is waited for.
     """
+    return Subscription(open_versions(source, token), tag)
+
+
+def open_versions(source: str | os.PathLike[str], token: str | None = None) -> Versions:
+    """Return the versions in a store, or those that a running job publishes, as `subscribe` takes them."""
     text = os.fspath(source)
     if text.startswith(("tcp://", "unix://")):
         with connect_session(text, token=token, role="observer") as session:
@@ -36,7 +41,7 @@ def subscribe(source: str | os.PathLike[str], tag: str | int = "latest", *, toke
                 f"Expected a job that publishes versions at {text}, got one that has published none yet."
             )
         text = store
-    return Subscription(Versions(text), tag)
+    return Versions(text)
 
 
 class Subscription:
