@@ -54,7 +54,7 @@ from headwater._rows import TableSpec
 from headwater._session import Session
 from headwater._table import Answer, Rooms
 from headwater._table_copy import TableCopy
-from headwater._transport import Address, Connection
+from headwater._transport import Address, Connection, SocketConnection
 
 
 class _Observer(Session):
@@ -313,6 +313,11 @@ class Replica(Listener):
             raise PeerLostError(f"Expected a table that is served, got number {number}: declare it again.")
         return found.copy
 
+    @property
+    def has_one_reader(self) -> bool:
+        """Whether there is one connection of a reader, or none."""
+        return len(self._connections) < 2
+
     def stats(self) -> ReplicaStats:
         """Return the replica at a glance."""
         with self._changed:
@@ -354,6 +359,8 @@ class _Desk(Rooms):
 
     def handle(self) -> bool:
         """Carry out one request. Errors of the caller are answered, not raised."""
+        if isinstance(self._connection, SocketConnection):  # many that look for requests would only wait for the interpreter
+            self._connection.spin_s = _limits.LINGER_S if self._replica.has_one_reader else 0.0
         message = self._connection.receive(self._sink).message
         try:
             self._connection.send(*self._answer(message))
