@@ -158,6 +158,7 @@ class Replica(Listener):
         self._numbered: dict[int, _Served] = {}
         self._count = 0  # of numbers
         self._has_looked = False
+        self.latest: _Desk | None = None  # whose reader has asked last
         self._trouble = ""
         self._refusal: UsageError | None = None  # before everything has come once
         self._session: Session | None = self._connect(returns=False)
@@ -313,11 +314,6 @@ class Replica(Listener):
             raise PeerLostError(f"Expected a table that is served, got number {number}: declare it again.")
         return found.copy
 
-    @property
-    def has_one_reader(self) -> bool:
-        """Whether there is one connection of a reader, or none."""
-        return len(self._connections) < 2
-
     def stats(self) -> ReplicaStats:
         """Return the replica at a glance."""
         with self._changed:
@@ -359,9 +355,12 @@ class _Desk(Rooms):
 
     def handle(self) -> bool:
         """Carry out one request. Errors of the caller are answered, not raised."""
-        if isinstance(self._connection, SocketConnection):  # many that look for requests would only wait for the interpreter
-            self._connection.spin_s = _limits.LINGER_S if self._replica.has_one_reader else 0.0
         message = self._connection.receive(self._sink).message
+        is_alone, self._replica.latest = self._replica.latest is self, self
+        if isinstance(
+            self._connection, SocketConnection
+        ):  # several that look for requests would wait for the interpreter
+            self._connection.spin_s = _limits.LINGER_S if is_alone else 0.0
         try:
             self._connection.send(*self._answer(message))
         except (PeerLostError, ProtocolError):
