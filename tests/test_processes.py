@@ -231,6 +231,15 @@ def test_a_script_that_is_missing_is_named(machine: Machine) -> None:
     assert "nowhere.py is no file" in output.text
 
 
+def test_the_demo_trains_publishes_serves_and_swaps(machine: Machine, tmp_path: Path) -> None:
+    output = machine.start(
+        "-m", "headwater", "demo", "--minutes", "0.03", "--folder", str(tmp_path), TMPDIR=str(tmp_path)
+    )
+    assert output.finish() == 0, output.text
+    assert "prod is version 1, of step " in output.text
+    assert re.search(r"Of \d+ requests meanwhile none failed \(\d+ by version 1, \d+ by version 2\)", output.text)
+
+
 # Deaths.
 
 
