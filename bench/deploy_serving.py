@@ -125,7 +125,7 @@ class Serving:
 @contextmanager
 def swapping(fleet: Fleet, store: str, versions: Iterator[int]) -> Iterator[None]:
     """Move the tag twice a second while the block runs, in a process of its own: the client has enough to do."""
-    order = [str(next(versions)) for _ in range(round(WINDOW_S / SWAP_EVERY_S) - 1)]
+    order = [str(next(versions)) for _ in range(round(WINDOW_S / SWAP_EVERY_S))]
     child = fleet.command([sys.executable, "-m", "bench.deploy_serving", "--move", store, *order], dict(os.environ))
     if "ready" not in read_line(child):
         raise BenchError("expected a process that moves the tag, got none")
@@ -142,8 +142,9 @@ def move(store: str, order: list[str]) -> None:
     versions = Versions(store)
     print("ready", flush=True)
     sys.stdin.readline()
-    for each in order:
-        time.sleep(SWAP_EVERY_S)
+    start = time.monotonic()
+    for i, each in enumerate(order):
+        time.sleep(max(start + (i + 0.5) * SWAP_EVERY_S - time.monotonic(), 0.0))
         versions.tag("prod", int(each))
 
 
@@ -162,6 +163,8 @@ def swaps(fleet: Fleet, windows: int = WINDOWS) -> Answer:
     client.open(rate, 2.0, SEED)
     for number in range(windows):
         for is_swapping in (True, False) if number % 2 else (False, True):
+            if not is_swapping and number >= WINDOWS:
+                continue
             if is_swapping:
                 with swapping(fleet, store, names):
                     found = client.open(rate, WINDOW_S, SEED + number)
@@ -197,7 +200,12 @@ def swaps(fleet: Fleet, windows: int = WINDOWS) -> Answer:
     return [
         Check("failed requests", under.failed + seen[False].failed, 0, at_most=True),
         Check("answers that mix versions", under.mixed + seen[False].mixed, 0, at_most=True),
-        Check("p99, of that without swaps", samples.ratio("p99, swaps", "p99, no swaps"), 1.25, at_most=True),
+        Check(
+            "p99, of that without swaps",
+            samples.median("p99, swaps") / samples.median("p99, no swaps"),
+            1.25,
+            at_most=True,
+        ),
         Check("pause of a swap at most (ms)", pause_ms, 1.0, at_most=True),
     ], beside
 
