@@ -7,6 +7,7 @@ used for the next. Whatever fails before the assignment leaves the old one answe
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from headwater._metrics import Metrics
 from headwater._models import ServedModel
 from headwater._versions import Versions, Weights
 
+_NICE = 10  # of the thread that makes versions ready: requests go first
 _FIRST_S, _LAST_S = 0.5, 60.0  # until a version that failed is tried again, longer each time
 
 
@@ -216,6 +218,8 @@ class Follower:
             self._thread.join()
 
     def _live(self) -> None:
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)  # of this thread, on Linux
         while not self._stopped.wait(self._look_s):
             self.step()
 
