@@ -457,7 +457,7 @@ FIGURES: dict[str, tuple[str, str, Callable[[Fleet], Answer]]] = {
         swaps,
     ),
     "deploy.4": (
-        f"A fleet of {REPLICAS}: a replica killed, stopped, cut off or fed rot, or the coordinator dead, at every step of a promotion",
+        f"A fleet of {REPLICAS}: one killed, stopped, cut off or fed corrupt bytes, or the coordinator dead, at every step of a promotion",
         "violations of all or none",
         together,
     ),
