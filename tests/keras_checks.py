@@ -482,6 +482,34 @@ def checkpoints_are_written_and_weights_loaded() -> None:
             assert_same(other, model, 0.1)
 
 
+@check
+def a_published_version_loads_into_a_model_of_other_numbers() -> None:
+    """Layers that Keras names: the second model of a process has other numbers in its paths."""
+
+    def make() -> keras.Model:
+        layers = [
+            keras.layers.Dense(5),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dropout(0.1),
+            keras.layers.Dense(3),
+        ]
+        return keras.Sequential([keras.Input((6,)), *layers])
+
+    with tempfile.TemporaryDirectory() as folder, open_strategy() as strategy:
+        model = compile_on(strategy, make(), "adam")
+        fit(model)
+        strategy.session.publish("prod", store=folder).result()
+        other = make()
+        with hw.subscribe(folder, "prod") as subscription:
+            hw.keras.load_weights(other, subscription.wait(30))
+            assert_same(other, model, 0)
+            wrong = keras.Sequential([keras.Input((6,)), keras.layers.Dense(4)])
+            before = wrong.get_weights()
+            with pytest.raises(errors.LayoutError, match="shape"):
+                hw.keras.load_weights(wrong, subscription.versions.load("prod"))
+            assert all((a == b).all() for a, b in zip(wrong.get_weights(), before, strict=True))
+
+
 # Data.
 
 
