@@ -28,6 +28,7 @@ from headwater._coordinator import Coordinator
 from headwater._dense import Shard
 from headwater._errors import HeadwaterError, NonFiniteError, PeerLostError, UnreachableError
 from headwater._messages import Hello, Registered
+from headwater._peers import Peers
 from headwater._server import Server
 from headwater._session import Session
 from headwater._snapshot import find, open_manifest
@@ -208,7 +209,7 @@ class Job:
         try:
             hello = Hello(TOKEN, "worker", identity, index=i, label=f"worker {i}")
             try:
-                session = Worker(Address("tcp", "server", 0), hello=hello, transport="tcp", timeout_s=600.0)
+                session = Worker(Peers(Address("tcp", "server", 0), hello, transport="tcp", timeout_s=600.0))
             except (PeerLostError, UnreachableError):  # it is not in the job yet, and is started again
                 self.world.kill(process)
                 return
