@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -204,7 +205,9 @@ def test_a_worker_that_fails_before_the_first_commit_fails_the_job(machine: Mach
     output = machine.steps("0", "1:0:fail")
     assert output.finish() == 1
     assert "RuntimeError: on purpose" in output.text
-    assert "headwater: worker 1 ended with exit status 1 before its first commit; the job ends." in output.lines, output.text
+    assert "headwater: worker 1 ended with exit status 1 before its first commit; the job ends." in output.lines, (
+        output.text
+    )
 
 
 def test_a_worker_that_fails_later_leaves_the_others_to_finish(machine: Machine) -> None:
@@ -371,7 +374,9 @@ def test_a_worker_that_fails_when_it_is_started_again_is_not_started_a_third_tim
     output = again(machine, "dies_and_fails", restarts=3)
     assert output.finish() == 1
     assert output.text.count("RuntimeError: on purpose") == 1
-    assert "headwater: worker 1 ended with exit status 1 before its first commit; the others go on." in output.lines, output.text
+    assert "headwater: worker 1 ended with exit status 1 before its first commit; the others go on." in output.lines, (
+        output.text
+    )
     assert ends(output) == [ALL_END[0], ALL_END[2]]
 
 
@@ -457,6 +462,19 @@ def test_an_interruption_before_the_first_commit_has_nothing_to_save(machine: Ma
     assert output.finish() == 130
     assert "headwater: nothing was learnt yet, so nothing is saved." in output.lines, output.text
     assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("kind", ["server", "sleep"])
+def test_an_interrupt_while_a_process_is_started_leaves_none(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    class Interrupted(subprocess.Popen[bytes]):
+        def __init__(self, command: list[str], **how: Any) -> None:
+            super().__init__(command, **how)
+            if kind in command:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt), LocalJob(["sleep", "1000"], workers=1):
+        pass  # what is left is found by every test
 
 
 def test_a_job_saves_at_its_end_too(machine: Machine, tmp_path: Path) -> None:

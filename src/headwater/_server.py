@@ -157,7 +157,7 @@ class Server:
         self._connections: set[Connection] = set()
         self._threads: set[threading.Thread] = set()
         self._lock = threading.Lock()
-        self._is_closed = False
+        self._ending = threading.Event()
         self._folder: str | None = None
         self.stopped = threading.Event()
         self.address = ServerAddress("", "", host_name())
@@ -198,7 +198,7 @@ class Server:
             try:
                 sock, _ = listener.accept()
             except OSError:  # closed, or out of descriptors for now
-                if self._is_closed:
+                if self._ending.is_set():
                     return
                 time.sleep(0.05)
                 continue
@@ -212,7 +212,7 @@ class Server:
 
     def _serve_in_thread(self, connection: Connection, check: Callable[[], None]) -> None:
         with self._lock:
-            if self._is_closed:
+            if self._ending.is_set():
                 connection.close()
                 return
             self._connections.add(connection)
@@ -224,7 +224,7 @@ class Server:
         """Close this connection when the server closes."""
         with self._lock:
             self._connections.add(connection)
-            if self._is_closed:
+            if self._ending.is_set():
                 connection.close()
 
     def drop(self, connection: Connection) -> None:
@@ -257,12 +257,12 @@ class Server:
             connection.receive()
         self.drop(connection)
         deadline = time.monotonic() + (_limits.REJOIN_S if self._keeper is not None else 0.0)
-        while time.monotonic() < deadline and not self._is_closed:
+        while time.monotonic() < deadline and not self._ending.is_set():
             try:
-                self._enroll(join, 1.0)
+                self._enroll(join, 0.0)
                 return
             except (UnreachableError, PeerLostError):
-                time.sleep(_limits.AGAIN_S)
+                self._ending.wait(_limits.AGAIN_S)
             except HeadwaterError as error:
                 warn(f"the coordinator does not take this server back: {error}")
                 break
@@ -317,9 +317,9 @@ class Server:
     def close(self) -> None:
         """Stop listening and end every connection. What workers share stays theirs."""
         with self._lock:
-            if self._is_closed:
+            if self._ending.is_set():
                 return
-            self._is_closed = True
+            self._ending.set()
             connections, threads = list(self._connections), set(self._threads)
         for listener in self._listeners:
             with contextlib.suppress(OSError):
