@@ -8,7 +8,9 @@ Workers are threads of this process, with a session each.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import runpy
 import sys
 import tempfile
 import threading
@@ -436,7 +438,7 @@ def workers_of_two_frameworks_train_one_job() -> None:
 
 @check
 def what_is_saved_goes_on_in_keras_and_back() -> None:
-    for name in ("momentum", "rmsprop, all", "amsgrad"):
+    for name in ("rmsprop, all", "amsgrad"):  # with every kind of slot and a schedule
         make = OPTIMIZERS[name]
         peer = compile_on(None, make_model(), make())
         fit(peer)
@@ -662,6 +664,15 @@ def a_step_compiled_elsewhere_is_refused() -> None:
             state = [v.value for v in optimizer.variables], [v.value for v in variables], [v.value for v in variables]
             with pytest.raises(errors.UsageError, match="compiled elsewhere"):
                 jax.jit(optimizer.stateless_apply)(*state)
+
+
+@check
+def example_learns_the_line_alone() -> None:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        runpy.run_path(str(Path(__file__).parent.parent / "examples" / "keras_linear.py"))
+    assert said.getvalue() == (
+        f"{{'backend': '{BACKEND}', 'worker': 0, 'workers': 1, 'servers': 1, 'consistency': 'bsp'}}\ny = 2.00x + 1.00\n"
+    )
 
 
 def main(names: Sequence[str]) -> None:
