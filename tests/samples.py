@@ -183,7 +183,7 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
         "93a6526563616c6cb5736e617073686f742d30303030303030303030303601",
     ),
     (
-        Recalled(6),
+        Recalled(6, 5),
         "92a8526563616c6c656406",
     ),
     (
