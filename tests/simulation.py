@@ -316,8 +316,8 @@ class World:
             for name in ("threading", "time")
             if hasattr(module, name)
         ]
-        replaced += [(module, "connect", self.connect) for module in (_server, _peers)]
-        replaced += [(module, "host_name", lambda: "here") for module in (_listener, _server, _peers)]
+        replaced += [(module, "connect", self.connect) for module in (_server, _peers, _keeper)]
+        replaced += [(module, "host_name", lambda: "here") for module in (_listener, _server, _peers, _keeper)]
         replaced += [(_keeper, "open_files", lambda store: (self.files, store))]
         replaced += [(_server.Server, "_listen", lambda server, at: self._listen(server, at))]  # noqa: PLW0108
         replaced += [(_peers.Peers, "_start_beat", lambda peers, at: self._beat(peers, at))]  # noqa: PLW0108
@@ -478,7 +478,8 @@ class End:
         self._readers: dict[Task, None] = {}
         self._is_closed = False
         self._timeout_s: float | None = None
-        self._partial = bytearray()
+        self._begun: AnyMessage | None = None  # to be sent when its payload is here
+        self._missing, self._partial = 0, bytearray()
         self.other: End
         if process.is_live:
             process.ends[self] = None
@@ -495,9 +496,17 @@ class End:
     hold = send
 
     def send_head(self, message: AnyMessage, size: int) -> None:
-        raise AssertionError("payloads here are too small to travel in pieces")
+        assert self._begun is None
+        self._begun, self._missing = message, size
+        self.send_more(memoryview(b""))
 
-    send_more: Any = None
+    def send_more(self, piece: memoryview) -> None:
+        self._partial += piece
+        self._missing -= piece.nbytes
+        if not self._missing and self._begun is not None:
+            begun, payload = self._begun, self._partial
+            self._begun, self._partial = None, bytearray()
+            self.send(begun, memoryview(payload))
 
     def _arrive(self, control: bytes, payload: bytes | None) -> None:
         self._inbox.append((control, payload))

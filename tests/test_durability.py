@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -18,7 +19,7 @@ from jobs import PATIENCE_S, TOKEN, assert_equal_bits, read_all
 import headwater as hw
 from headwater import durability
 from headwater._errors import PeerLostError
-from headwater._keeper import Feed
+from headwater._keeper import Back, Feed, Step
 from headwater._table import RowChanges, Rows
 from headwater._transport import Address
 
@@ -260,7 +261,9 @@ def test_a_follower_gives_up_what_another_server_lacked(
         session.step(gradient(0))
 
         def send_twice(feed: Feed, head: bytes, blobs: Sequence[memoryview]) -> None:
+            record = msgspec.msgpack.decode(head, type=Step)
             send(feed, head, [memoryview(bytes(blob.nbytes)) for blob in blobs])
+            send(feed, msgspec.msgpack.encode(Back(record.change.commit - 1)), [])
             send(feed, head, blobs)
 
         monkeypatch.setattr(Feed, "send", send_twice)

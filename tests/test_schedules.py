@@ -3,7 +3,9 @@
 A schedule is a seed. It decides the job, who runs when, who is killed at which step, and what happens to the store; see
 `simulation`. Each push has an element of every tensor, and a row, of its own, so the state tells how often each of them counted.
 
-To see one again: HEADWATER_SEED=17 pytest tests/test_schedules.py, which tells its story.
+Replicated jobs, with followers, have schedules of their own.
+
+To see one again: HEADWATER_SEED=17 pytest tests/test_schedules.py -k alone, or -k replicated, which tells its story.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from headwater._book import Book
 from headwater._coordinator import Coordinator
 from headwater._dense import Shard
 from headwater._errors import HeadwaterError, NonFiniteError, PeerLostError, UnreachableError
+from headwater._keeper import Keeper
 from headwater._messages import Hello, Registered
 from headwater._peers import Peers
 from headwater._server import Server
@@ -35,7 +38,7 @@ from headwater._snapshot import find, open_manifest
 from headwater._snapshots import Snapshots
 from headwater._transport import Address
 
-SEEDS = 600
+SEEDS, REPLICATED_SEEDS = 600, 120
 SLOTS = 96
 TOKEN = "a token for tests"
 STORE = "store"
@@ -88,10 +91,10 @@ class Worker(Session):
 class Job:
     """One job, from its beginning to the last check."""
 
-    def __init__(self, world: World, seed: int) -> None:
-        self.world = world
+    def __init__(self, world: World, seed: int, *, is_replicated: bool) -> None:
+        self.world, self.is_replicated = world, is_replicated
         rng = self.rng = random.Random(seed ^ 0x5EED)
-        self.has_log = rng.random() < 0.7
+        self.has_log = rng.random() < 0.7 and not is_replicated
         self.count = rng.choice((1, 2, 2, 3))
         self.workers = rng.choice((1, 2, 3))
         self.consistency = rng.choice((hw.bsp(), hw.bsp(), hw.ssp(1), hw.asp()))
@@ -102,39 +105,88 @@ class Job:
         self.left = [rng.randint(2, 7) for _ in range(self.workers)]
         self.pushes: list[Push] = []
         self.states: dict[int, dict[Any, Any]] = {}  # by commit
-        self.servers: list[Server | None] = [None] * self.count
-        self.server_processes: list[Process | None] = [None] * self.count
+        self.first = Address("tcp", "coordinator" if is_replicated else "server", 0)
+        self.apart: Server | None = None  # with the coordinator alone
+        self.apart_process: Process | None = None
+        self.servers: list[Server | None] = []  # followers too: those of index i have places i and i + count
+        self.server_processes: list[Process | None] = []
         self.worker_processes: list[Process | None] = [None] * self.workers
         self.identities = 0
         self.has_begun = [False] * 8
+        self.has_run: set[int] = set()  # places, since all was started
+        self.may_go_back = not (self.has_log or is_replicated)  # to a snapshot
+        self.times_back = 0
         self.is_down = False  # all is to be started again
         self.disk_failed = False  # errors are to be expected
         self.restored_count = 0
         self.spoiled: tuple[str, int, int] | None = None  # the bit of the only snapshot that was flipped
         self.faults = rng.choice((0, 1, 2, 4, 6))
+        self.ambushes = rng.choice((0, 1, 2, 3)) if is_replicated else 0
         world.say(
-            f"{'log' if self.has_log else 'snapshot'}, {self.count} servers, {self.workers} workers, {self.consistency}, {self.optimizer}, "
+            f"{self.durability}, {self.count} servers, {self.workers} workers, {self.consistency}, {self.optimizer}, "
             f"tables {self.tables}, {self.faults} faults"
         )
 
+    @property
+    def durability(self) -> durability.Durability:
+        return (
+            durability.replicated(1, 0)
+            if self.is_replicated
+            else durability.log(0)
+            if self.has_log
+            else durability.snapshot(0)
+        )
+
     # Processes.
+
+    def start_apart(self) -> None:
+        world = self.world
+        self.apart, process = None, world.start("coordinator")
+        self.apart_process = process
+        process.ended = partial(self.apart_ended, process)
+        resumes = self.restored_count > 0
+        self.burn(process)
+
+        def run() -> None:
+            try:
+                self.apart = server = Server.__new__(Server)
+                server.__init__(  # type: ignore[misc]
+                    self.first, token=TOKEN, threads=1, durability=self.durability, store=STORE, resumes=resumes,
+                    servers=self.count, workers=self.workers, consistency=self.consistency, is_apart=True,
+                )  # fmt: skip
+            except HeadwaterError as error:
+                world.say(f"the coordinator does not start: {error}")
+                world.kill(process)
+                return
+            server.stopped.wait()
+            world.kill(process)
+
+        world.spawn(process, run, "main")
+
+    def apart_ended(self, process: Process) -> None:
+        if self.apart_process is process:
+            if not self.apart_is_ready() or any(self.kept_by(i) == [] for i in range(self.count)):
+                self.may_go_back = True
+            self.later(self.start_apart, lambda: self.apart_process is process and not self.is_down)
 
     def start_server(self, i: int) -> None:
         world = self.world
         process = self.server_processes[i] = world.start(f"server {i}")
         process.ended = partial(self.server_ended, i, process)
         resumes, self.has_begun[i] = self.has_begun[i] or self.restored_count > 0, True
+        follows = self.is_replicated and (i >= self.count or i in self.has_run)
+        self.has_run.add(i)
         self.burn(process)
 
         def run() -> None:
-            kind = durability.log(0) if self.has_log else durability.snapshot(0)
             common: dict[str, Any] = {
-                "token": TOKEN, "threads": 1, "durability": kind, "store": STORE, "index": i, "resumes": resumes,
+                "token": TOKEN, "threads": 1, "durability": self.durability, "store": STORE, "index": i % self.count,
+                "resumes": resumes,
             }  # fmt: skip
-            if i == 0:
-                common.update(servers=self.count, workers=self.workers, consistency=self.consistency)
+            if i or self.is_replicated:
+                common.update(join=self.first, follows=follows)
             else:
-                common.update(join=Address("tcp", "server", 0))
+                common.update(servers=self.count, workers=self.workers, consistency=self.consistency)
             try:
                 self.servers[i] = server = Server.__new__(Server)  # which is looked at while it is made
                 server.__init__(Address("tcp", "server", i), **common)  # type: ignore[misc]
@@ -148,13 +200,29 @@ class Job:
         world.spawn(process, run, "main")
 
     def server_ended(self, i: int, process: Process) -> None:
-        if i >= self.count or self.server_processes[i] is not process:
+        if i >= len(self.servers) or self.server_processes[i] is not process:
             return
+        self.may_go_back |= not self.kept_by(i % self.count)
         self.servers[i] = None
         self.later(lambda: self.start_server(i), lambda: self.runs_as(i, process))
 
     def runs_as(self, i: int, process: Process) -> bool:
-        return i < self.count and self.server_processes[i] is process and not self.is_down
+        return i < len(self.servers) and self.server_processes[i] is process and not self.is_down
+
+    def kept_by(self, index: int) -> list[int]:
+        """Return the places of live servers that have all that was acknowledged of an index, as the coordinator knows it."""
+        job = getattr(self.apart, "coordinator", None)
+        if job is None or self.apart_process is None or not self.apart_process.is_live:
+            return []
+        known = [
+            server.address.tcp for server in (job._servers[index], job._followers.get(index)) if server is not None
+        ]
+        places = [place for place in range(len(self.servers)) if str(Address("tcp", "server", place)) in known]
+        return [place for place in places if (process := self.server_processes[place]) and process.is_live]
+
+    def apart_is_ready(self) -> bool:
+        job = getattr(self.apart, "coordinator", None)
+        return job is not None and job._is_ready
 
     def start_worker(self, i: int) -> None:
         world = self.world
@@ -188,16 +256,20 @@ class Job:
 
     def kill_all(self) -> None:
         self.is_down = True
-        for process in [*self.server_processes, *self.worker_processes]:
+        self.may_go_back |= self.is_replicated
+        for process in [self.apart_process, *self.server_processes, *self.worker_processes]:
             if process is not None:
                 self.world.kill(process)
 
     def start_all(self, *, resumes_work: bool = True) -> None:
         """Start the job, or start it again."""
         self.is_down = False
-        self.servers = [None] * self.count
-        self.server_processes = [None] * self.count
-        for i in range(self.count):
+        places = self.count * (1 + self.is_replicated)
+        self.servers, self.server_processes = [None] * places, [None] * places
+        self.has_run.clear()
+        if self.is_replicated:
+            self.start_apart()
+        for i in range(places):
             self.start_server(i)
         for i in range(self.workers if resumes_work else 0):
             self.left[i] = max(self.left[i], 1)  # a job that begins again waits for all of them
@@ -209,7 +281,7 @@ class Job:
         try:
             hello = Hello(TOKEN, "worker", identity, index=i, label=f"worker {i}")
             try:
-                session = Worker(Peers(Address("tcp", "server", 0), hello, transport="tcp", timeout_s=600.0))
+                session = Worker(Peers(self.first, hello, transport="tcp", timeout_s=600.0))
             except (PeerLostError, UnreachableError):  # it is not in the job yet, and is started again
                 self.world.kill(process)
                 return
@@ -254,8 +326,11 @@ class Job:
             rows = self.new_push(identity, f"rows {name}")
             table.push(np.array([rows.slot], np.int64), np.ones((1, 2), np.float32))
             assert session._tables is not None
+            before = self.times_back
             session._tables.settle()
-            if self.has_log:  # else it may have been for rows that the job has just gone back from
+            if (
+                self.has_log or self.is_replicated
+            ) and before == self.times_back:  # else it may have been for rows that the job has just gone back from
                 rows.fate, rows.accepted = "acked", 1
         gradients = {name: np.zeros_like(array) for name, array in INITIAL.items()}
         for array in gradients.values():
@@ -283,19 +358,34 @@ class Job:
     # What must be so.
 
     def shards(self) -> list[Shard]:
-        found = [server.shard for server in self.servers if server is not None]
-        assert len(found) == self.count
-        return found
+        found = [self.servers[place] for place in self.leaders()]
+        shards = [server.shard for server in found if server is not None]
+        assert len(shards) == self.count
+        return shards
+
+    def leaders(self) -> list[int]:
+        """Return the places of those that are not followers, by index, as far as they are there."""
+        if not self.is_replicated:
+            return [i for i, server in enumerate(self.servers) if server is not None]
+        known = [server.address.tcp for server in self.coordinator._servers if server is not None]
+        places = [int(address.rpartition(":")[2]) for address in known]
+        return [place for place in places if self.servers[place] is not None]
 
     def flipped(self, shard: Shard) -> None:
         """Remember a server's state after a commit."""
-        self.states.setdefault(shard.commit, {}).update(state_of(shard))
+        if not self.is_replicated or (isinstance(shard.keeper, Keeper) and shard.keeper._leads):
+            self.states.setdefault(shard.commit, {}).update(state_of(shard))
 
-    def restored(self, book: Book | None) -> None:
-        """All servers have come back from the store."""
+    def restored(self, book: Book | None, *, is_all: bool) -> None:
+        """All servers have come back from the store, or go on from what they have."""
         self.restored_count += 1
-        if sum(server is not None for server in self.servers[: self.count]) < self.count:
+        self.times_back += not is_all
+        if len(self.leaders()) < self.count:
             return  # one is lost again
+        assert is_all or self.may_go_back, "back to a snapshot, where no server was lost together with its follower"
+        keeps_all = self.has_log or (self.is_replicated and is_all)
+        if is_all:
+            self.may_go_back = not (self.has_log or self.is_replicated)
         commit = 0 if book is None else book.commit
         self.spoiled = None  # it went on without
         shards = self.shards()
@@ -317,7 +407,7 @@ class Job:
                 raise AssertionError(f"{push} is lost: the store is empty")
             if push.fate != "acked":
                 continue
-            if self.has_log:
+            if keeps_all:
                 assert push.commit <= commit, f"{push} is lost: the job is at commit {commit}"
                 if not push.is_of_rows:
                     assert book is not None
@@ -358,15 +448,18 @@ class Job:
 
     @property
     def coordinator(self) -> Coordinator:
-        server = self.servers[0]
+        server = self.apart if self.is_replicated else self.servers[0]
         assert server is not None
         assert server.coordinator is not None
         return server.coordinator
 
     def is_whole(self) -> bool:
-        server = self.servers[0]
-        job = getattr(server, "coordinator", None)
+        job = getattr(self.apart if self.is_replicated else self.servers[0], "coordinator", None)
         return job is not None and (job._is_ready or job._failure is not None) and None not in self.servers
+
+    def has_followers(self) -> bool:
+        """Say whether each server has one."""
+        return self.is_replicated and all(len(self.kept_by(i)) == 2 for i in range(self.count))
 
     # What happens to all of it.
 
@@ -374,12 +467,15 @@ class Job:
         """Plan some of it."""
         for _ in range(self.rng.choice((0, 1, 1, 2, 3))):
             self.world.alarm(self.rng.randrange(200, 3000), self.take_snapshot)
-        acts = (self.lose_servers, self.cold_start, self.fill_disk, self.fail_sync, self.spoil_snapshot)
+        acts = [self.lose_servers, self.cold_start, self.fill_disk, self.fail_sync, self.spoil_snapshot]
+        acts += [self.lose_apart, self.lose_leaders, self.lose_leaders] if self.is_replicated else []
         for act in self.rng.sample(acts, self.rng.choice((0, 0, 1, 1, 2, 3))):
             self.world.alarm(self.rng.randrange(100, 4000), act)
 
     def take_snapshot(self) -> None:
         process, server = self.server_processes[0], self.servers[0]
+        if self.is_replicated:
+            process, server = self.apart_process, self.apart
         job = getattr(server, "coordinator", None)
         if process is None or not process.is_live or job is None:
             return
@@ -399,7 +495,34 @@ class Job:
         for process in self.server_processes:
             if process is not None:
                 self.world.kill(process)
-        self.maybe_cut_power()
+        if not self.is_replicated:  # else the coordinator lives on
+            self.maybe_cut_power()
+
+    def lose_apart(self) -> None:
+        """The coordinator alone."""
+        if self.apart_process is not None:
+            self.world.kill(self.apart_process)
+
+    def ambush(self) -> None:
+        """Perhaps, the server that is about to send a commit to its follower dies soon, and a worker with it: the commit comes again,
+        and is another."""
+        task = self.world.current
+        if not self.ambushes or task is None or self.rng.random() > 0.2:
+            return
+        self.ambushes -= 1
+        task.process.fuse = self.rng.randrange(8)
+        worker = self.rng.choice(self.worker_processes)
+        if worker is not None and self.rng.random() < 0.5:
+            self.world.kill(worker)
+
+    def lose_leaders(self) -> None:
+        """Every server that is not a follower."""
+        job = getattr(self.apart, "coordinator", None)
+        if job is not None:
+            for place in self.leaders():
+                process = self.server_processes[place]
+                if process is not None:
+                    self.world.kill(process)
 
     def maybe_cut_power(self) -> None:
         if self.rng.random() < 0.6:
@@ -502,11 +625,15 @@ def row(state: dict[Any, Any], number: int, slot: int) -> float:
     return -float(state["row", number, slot][0]) if ("row", number, slot) in state else 0.0
 
 
-def run(seed: int) -> World:
+def run(seed: int, *, is_replicated: bool = False) -> World:
     """Run one schedule. Raises AssertionError where a promise is broken."""
     with World(seed) as world:
-        job = Job(world, seed)
-        real_flip, real_restore = Shard._flip, Snapshots.restore
+        job = Job(world, seed, is_replicated=is_replicated)
+        real_flip, real_restore, real_persist = Shard._flip, Snapshots.restore, Keeper._persist
+
+        def persist(keeper: Keeper, request: Any) -> Any:
+            job.ambush()
+            return real_persist(keeper, request)
 
         def flip(shard: Shard, request: Any) -> Any:
             answer = real_flip(shard, request)
@@ -515,10 +642,14 @@ def run(seed: int) -> World:
 
         def restore(snapshots: Snapshots, count: int, ask_each: Any) -> tuple[Book | None, bool]:
             book, is_all = real_restore(snapshots, count, ask_each)
-            job.restored(book)
+            job.restored(book, is_all=is_all)
             return book, is_all
 
-        with mock.patch.object(Shard, "_flip", flip), mock.patch.object(Snapshots, "restore", restore):
+        with (
+            mock.patch.object(Shard, "_flip", flip),
+            mock.patch.object(Snapshots, "restore", restore),
+            mock.patch.object(Keeper, "_persist", persist),
+        ):
             try:
                 job.start_all()
                 job.chaos()
@@ -528,6 +659,10 @@ def run(seed: int) -> World:
                 world.alarms.clear()
                 if job.coordinator._failure is None:
                     job.check_counts([spec.name for spec in job.coordinator._tables])
+                if job.has_followers():
+                    job.lose_leaders()
+                    world.run(job.is_whole, world.now + LIMIT_S, LIMIT_STEPS)
+                    world.say("followers have taken over")
                 job.left = [0] * job.workers
                 job.cold_start(resumes_work=False)
                 world.run(job.is_whole, world.now + LIMIT_S, LIMIT_STEPS)
@@ -583,10 +718,16 @@ FOUND = (
 )
 
 
+#: Likewise, of replicated jobs.
+FOUND_REPLICATED = (11, 165, 253, 299, 328, 329, 352, 452, 6373, 6442, 6451, 6476, 6536, 6547, 7054)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
-def test_promises_hold_under_any_schedule(part: int) -> None:
-    for seed in [int(SEED)] if SEED else [*range(part * SEEDS // 4, (part + 1) * SEEDS // 4), *FOUND[part::4]]:
-        world = run(seed)
+@pytest.mark.parametrize("is_replicated", [False, True], ids=["alone", "replicated"])
+def test_promises_hold_under_any_schedule(part: int, is_replicated: bool) -> None:
+    seeds, found = (REPLICATED_SEEDS, FOUND_REPLICATED) if is_replicated else (SEEDS, FOUND)
+    for seed in [int(SEED)] if SEED else [*range(part * seeds // 4, (part + 1) * seeds // 4), *found[part::4]]:
+        world = run(seed, is_replicated=is_replicated)
         if SEED:
             print("\n".join(world.story))

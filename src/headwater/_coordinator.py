@@ -199,6 +199,8 @@ class Coordinator:
         follows: where there is one by this index, it is to follow that.
         """
         with self._changed:
+            if follows and 0 <= index < self._server_count:
+                self._await_leader(index)
             before = self._servers[index] if 0 <= index < self._server_count else None
             if before is not None and any(each.has_ended for each in before.connections):
                 self.lose_server(index)  # which shows later otherwise
@@ -218,9 +220,17 @@ class Coordinator:
                 if self._keep is None:
                     self._is_ready = True
                 else:  # which may take long, and whoever waits is told
-                    threading.Thread(target=self._assemble, args=(self._keep,), name="assemble", daemon=True).start()
+                    self._start_assembling(self._keep)
             self._changed.notify_all()
             return index
+
+    def _await_leader(self, index: int) -> None:
+        """Where the coordinator has just been started, whoever leads may be still to come back; a follower in its place would be empty."""
+        while self._servers[index] is None and self._failure is None:
+            left_s = self._start_s + _limits.RETURN_S - time.monotonic()
+            if left_s <= 0:
+                return
+            self._changed.wait(left_s)
 
     def lose_server(self, index: int, connection: Connection | None = None) -> None:
         """A server has died. Everybody is told; where the job is durable it goes on when the server is back.
@@ -234,6 +244,8 @@ class Coordinator:
             for each in server.connections:
                 each.close()
             self._servers[index] = self._followers.pop(index, None)
+            if self._servers[index] is None:  # all go back, and followers have what is then given up
+                self._drop_followers()
             if self._keep is None:
                 self._fail(
                     PeerLostError(
@@ -250,7 +262,7 @@ class Coordinator:
                     self._send_away(worker)
             if None not in self._servers:
                 warn(f"server {index} is lost; its follower takes over")
-                threading.Thread(target=self._assemble, args=(self._keep,), name="assemble", daemon=True).start()
+                self._start_assembling(self._keep)
             self._changed.notify_all()
 
     def _add_follower(self, index: int, follower: _Server) -> None:
@@ -312,6 +324,13 @@ class Coordinator:
                 each.close()
             return True
 
+    def _drop_followers(self) -> None:
+        """Let all go; they come again, and get it all."""
+        for follower in self._followers.values():
+            for each in follower.connections:
+                each.close()
+        self._followers.clear()
+
     def _send_away(self, worker: Worker) -> None:
         """End a worker's connections; it comes back, or is let go."""
         worker.is_away = True
@@ -319,12 +338,20 @@ class Coordinator:
         for connection in connections:
             connection.close()
 
-    def _assemble(self, keep: Snapshots) -> None:
-        """Every server is there: let all be at the same commit, and begin or go on."""
+    def _start_assembling(self, keep: Snapshots) -> None:
+        arguments = (keep, self._generation)
+        threading.Thread(target=self._assemble, args=arguments, name="assemble", daemon=True).start()
+
+    def _assemble(self, keep: Snapshots, generation: int) -> None:
+        """Every server is there: let all be at the same commit, and begin or go on. generation: of which that is so."""
         try:
             with self.alone(restores=True) as ask_each:
+                if generation != self._generation:
+                    return  # one was lost and replaced meanwhile, which has a thread of its own
                 book, is_all = keep.restore(self._server_count, ask_each)
                 with self._changed:
+                    if generation != self._generation:
+                        return
                     if book is None and self._policy is not None:  # nothing was kept: begin anew
                         book = Book(self._policy.consistency, self._policy.expected)
                     if book is not None:
@@ -332,7 +359,7 @@ class Coordinator:
                     self._adopt_book(book or Book(self._consistency or bsp(), self._expected or 1), is_all=is_all)
                     if book is None:
                         self._policy = None  # the first to come decides
-                    self._is_ready = None not in self._servers
+                    self._is_ready = True
                     self._changed.notify_all()
         except PeerLostError:
             pass  # one was lost meanwhile; the next that comes begins again
@@ -402,7 +429,7 @@ class Coordinator:
                     policy.expected = 1  # before they leave: that may complete a commit
                 for worker in list(self._workers.values()):
                     if worker.live and worker.is_away:
-                        self.leave(worker.identity)
+                        self._leave(worker.identity)
                 if policy is not None:
                     self._queue.extend(policy.resume())
                 self._drain()
@@ -495,7 +522,7 @@ class Coordinator:
         if holder is not None and not holder.is_away and not has_ended:
             raise SettingError(f"Expected HEADWATER_WORKER to be free, got {hello.index}, which is {holder}.")
         if holder is not None:
-            self.leave(holder.identity)  # its process was started again
+            self._leave(holder.identity)  # its process was started again
         free = self._free_index()
         return hello.index if hello.index >= 0 else free
 
@@ -517,25 +544,29 @@ class Coordinator:
         first, so that nothing torn is sent on them.
         """
         with self._changed:
-            worker = self._workers.get(identity)
-            if worker is None or not worker.live or (connection is not None and connection not in worker.connections):
-                return
-            worker.live = worker.is_away = False
-            self._left.add(identity)
-            if close:
-                for each in worker.connections:
-                    each.close()
-            worker.connections = []  # which are large; the worker is kept
-            if self._holder is not None and self._holder[0] == identity:
-                self._holder = None
-            if self._initialiser == identity and not self._is_initialised:
-                self._initialiser = None
-            if self._policy is not None:
-                self._queue.extend(self._policy.leave(identity))
-            self._drain()
-            if worker.answered >= worker.sealed:
-                self._detach(identity)
-            self._changed.notify_all()
+            self._leave(identity, connection, close=close)
+
+    def _leave(self, identity: int, connection: Connection | None = None, *, close: bool = True) -> None:
+        """`leave` of a caller that holds the lock, once: else a commit would be carried out under it."""
+        worker = self._workers.get(identity)
+        if worker is None or not worker.live or (connection is not None and connection not in worker.connections):
+            return
+        worker.live = worker.is_away = False
+        self._left.add(identity)
+        if close:
+            for each in worker.connections:
+                each.close()
+        worker.connections = []  # which are large; the worker is kept
+        if self._holder is not None and self._holder[0] == identity:
+            self._holder = None
+        if self._initialiser == identity and not self._is_initialised:
+            self._initialiser = None
+        if self._policy is not None:
+            self._queue.extend(self._policy.leave(identity))
+        self._drain()
+        if worker.answered >= worker.sealed:
+            self._detach(identity)
+        self._changed.notify_all()
 
     def _detach(self, identity: int) -> None:
         """Let every server forget a worker whose pushes are all answered, and others have the data that it leaves."""
@@ -560,6 +591,8 @@ class Coordinator:
         with self._changed:
             worker = self._require(identity)
             self._wait(lambda: not self._settling, lambda: ["the first snapshot"], tell)
+            if self._layout is None:
+                self._when_idle()  # nobody else speaks to the servers; and another may have registered meanwhile
             if self._layout is None:
                 self._assign(register)
             self._compare(register)
@@ -593,6 +626,7 @@ class Coordinator:
     def initialised(self, identity: int, values: Initialised, tell: Tell) -> Registered:
         """The initial values lie on every server: open the job."""
         with self._changed:
+            self._when_idle()  # nobody else speaks to the servers
             worker = self._require(identity)
             if self._layout is None or len(values.steps) not in (0, len(self._layout.specs)):
                 raise ProtocolError("Expected initial values of what is registered.")
@@ -645,10 +679,7 @@ class Coordinator:
         self._structure, self._structure_s = self._structure + 1, time.monotonic()
         generation = self._generation
         try:
-            for follower in self._followers.values():  # which comes again, and gets it all
-                for each in follower.connections:
-                    each.close()
-            self._followers.clear()
+            self._drop_followers()
             with self._unlocked():
                 self.take_snapshot(tell, FeedTo(None))
         except HeadwaterError as error:

@@ -25,6 +25,7 @@ from headwater._errors import (
     PeerLostError,
     SettingError,
     StorageError,
+    UnreachableError,
     warn,
 )
 from headwater._files import Files, claim, open_files
@@ -77,7 +78,14 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag=True):
     tables: tuple[tuple[int, tuple[float, ...], float], ...]  # table, scalars, time
 
 
+class Back(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """To a follower: the job is at this commit, and what goes beyond is given up: another server lacked it."""
+
+    commit: int
+
+
 _records = msgspec.msgpack.Decoder(Step | Pushed | PagePut)
+_fed = msgspec.msgpack.Decoder(Step | Pushed | PagePut | Back)
 
 
 class Keeper:
@@ -106,6 +114,7 @@ class Keeper:
         self._is_closed = self._is_fed_anew = False
         self._leads = False  # it has had commits of its own to keep
         self._queued: list[tuple[bytes, list[np.ndarray]]] | None = []  # what came before the state it goes on from
+        self.life = 0  # rises when what it was fed is of no use any more
         self._turn = threading.Lock()  # of what a follower applies, and of what begins or ends here
         self._take_notes()
 
@@ -177,7 +186,7 @@ class Keeper:
         if not request.snapshot:
             if self._book is None:
                 return Recalled(-1)
-            return Recalled(self._book.commit if self._pending is None else self._pending.commit)
+            return Recalled(self._book.commit if self._pending is None else self._pending.commit, self._book.commit)
         self._stop()
         manifest = self._manifest(request.snapshot)
         book = decode_book(manifest.book)
@@ -230,13 +239,19 @@ class Keeper:
         assert self._book is not None
         self._give_up()
         with self._turn:
-            self._queued, self._leads = None, True  # whoever fed this one is no more
-            if self._pending is not None and self._pending.commit > request.commit:
-                self._pending = None
-            self._shard.settle(request.commit)
-            self._pending = None
+            self._queued, self._leads, self.life = None, True, self.life + 1  # whoever fed this one is no more
+            self._settle(request.commit)
             self._index = request.index
+        if self._feed is not None:  # before anything is said anew
+            self._feed.send(msgspec.msgpack.encode(Back(request.commit)), [])
         return Restored(msgspec.msgpack.encode(self._book))
+
+    def _settle(self, commit: int) -> None:
+        """Be at a commit, that of the state or of what is prepared."""
+        if self._pending is not None and self._pending.commit > commit:
+            self._pending = None
+        self._shard.settle(commit)
+        self._pending = None
 
     def _lose_follower(self) -> None:
         """Tell the coordinator, which would take the follower for us. Raises PeerLostError, UnreachableError."""
@@ -256,11 +271,17 @@ class Keeper:
             if not self._leads:
                 self._book = self._pending = None
                 self._queued = []
+                self.life += 1
             return not self._leads
 
-    def follow(self, head: bytes, blobs: list[np.ndarray]) -> None:
-        """Apply a record of the server that this one follows, or keep it until its state is here."""
+    def follow(self, head: bytes, blobs: list[np.ndarray], life: int) -> None:
+        """Apply a record of the server that this one follows, or keep it until its state is here.
+
+        life: when its connection began. Raises PeerLostError where that is over: the record was under way for long.
+        """
         with self._turn:
+            if self._leads or life != self.life:
+                raise PeerLostError("Expected a record of a server that is followed, got one from before.")
             if self._queued is not None:
                 self._queued.append((head, blobs))
             else:
@@ -268,15 +289,16 @@ class Keeper:
 
     def _follow(self, head: bytes, blobs: list[np.ndarray]) -> None:
         """A commit is prepared beside the state, and becomes it with the next one: not every server may have it yet."""
-        record = _records.decode(head)
+        record = _fed.decode(head)
+        if isinstance(record, Back):
+            self._settle(record.commit)
+            return
         if not isinstance(record, Step):
             self._apply(record, blobs)
             return
         assert self._book is not None
         if record.change.serial <= self._book.serial:
             return
-        if self._pending is not None and record.change.serial <= self._pending.serial:
-            self._pending = None  # another server lacked it when it was lost: the job went on without
         if self._pending is not None:
             self._shard.handle(Flip(self._pending.commit, self._shard.is_prepared))
         if record.change.commit == self._book.commit:
@@ -479,12 +501,15 @@ class Feed:
 
     @classmethod
     def to(cls, address: ServerAddress, token: str, lose: Callable[[], None]) -> Feed:
-        """Connect to a follower. lose: says that it is one no more. Raises UnreachableError, PeerLostError."""
+        """Connect to a follower. lose: says that it is one no more. Raises UnreachableError, WaitTimeoutError."""
         near = address.host == host_name() and address.unix
         connection = connect(Address.parse(near or address.tcp))
         try:
-            connection.set_timeout(_limits.SILENCE_S)
+            connection.set_timeout(_limits.FOLLOW_S)
             request(connection, Hello(token, "leader", 0))
+        except PeerLostError as error:  # which would end the connection of whoever asks: that is not who is lost
+            connection.close()
+            raise UnreachableError(f"Expected a follower at {address.tcp or address.unix}, got its end.") from error
         except BaseException:
             connection.close()
             raise

@@ -15,6 +15,7 @@ RETURN_S = 10.0  # a worker that was sent away because a server died comes back 
 REPORT_WAIT_S = 5.0  # a waiting worker is told for whom, this often
 TERMINATE_S = 10  # from SIGTERM to a worker until it is gone, whatever its script does on its way out
 SILENCE_S = 30.0  # a server that says nothing for so long, not even "waiting", is gone
+FOLLOW_S = 10.0  # nor a follower for so long: less, for meanwhile its leader says nothing
 HOLD_S = 120.0  # how long a reader may keep commits waiting while it saves
 QUEUE_COMMITS = 16  # commits applied in one pass over memory
 DESCRIPTORS = 8  # in one message

@@ -280,9 +280,10 @@ class Recall(Message, frozen=True, tag=True):
 
 
 class Recalled(Message, frozen=True, tag=True):
-    """To this commit; -1: nowhere."""
+    """To this commit; -1: nowhere. held: from what it has, to this one as well, and to none between."""
 
     commit: int
+    held: int = -1
 
 
 class Restore(Message, frozen=True, tag=True):

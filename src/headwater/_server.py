@@ -180,7 +180,7 @@ class Server(Listener):
             connection.receive()
         self.drop(connection)
         deadline = time.monotonic() + (_limits.REJOIN_S if self._keeper is not None else 0.0)
-        while time.monotonic() < deadline and not self._is_closed:
+        while time.monotonic() < deadline and not self._closing.is_set():
             try:
                 self._enroll(join, 0.0)
                 return
@@ -191,13 +191,18 @@ class Server(Listener):
                 break
         self.stopped.set()
 
-    def follow(self, message: Apply, payload: np.ndarray | None) -> None:
+    @property
+    def life(self) -> int:
+        """Of the keeper, where there is one."""
+        return 0 if self._keeper is None else self._keeper.life
+
+    def follow(self, message: Apply, payload: np.ndarray | None, life: int) -> None:
         """Apply what the server that this one follows is about to acknowledge."""
         if self._keeper is None:
             raise ProtocolError("Expected a record at a follower, got one at a server of a job without durability.")
         ends = np.cumsum((0, *message.sizes))
         whole = np.empty(0, np.uint8) if payload is None else payload
-        self._keeper.follow(message.head, [whole[a:b] for a, b in pairwise(ends)])
+        self._keeper.follow(message.head, [whole[a:b] for a, b in pairwise(ends)], life)
 
     def _handler(self, connection: Connection, hello: Hello) -> _Handler:
         if hello.role not in ROLES:
@@ -225,6 +230,7 @@ class _Handler:
         self._connection, self._hello = connection, hello
         self._identity, self.role = hello.identity, hello.role
         self._is_member = False
+        self._life = server.life
         self._enrolled: tuple[int, Connection] | None = None  # a server's place, and the way back to it
         self._incoming: np.ndarray | None = None  # a plane that a Put brings
         self._carried = False  # whether a payload came with the push
@@ -330,7 +336,7 @@ class _Handler:
                 self._job().lose_follower(message.index)
                 self._answer(Done())
             case Apply() if self.role == "leader":
-                self._server.follow(message, self._incoming)
+                self._server.follow(message, self._incoming, self._life)
                 self._incoming = None
                 self._answer(Done())
             case Recall() | Restore() | Pin() | Unpin() if self.role == "coordinator":

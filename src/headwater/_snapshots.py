@@ -99,11 +99,13 @@ class Snapshots:
         Raises StorageError when none of the snapshots can be read.
         """
         if self._is_replicated:
-            commit = min(r.commit for r in ask_each(lambda i: Recall("", i)) if isinstance(r, Recalled))
-            if commit >= 0:
+            recalled = [r for r in ask_each(lambda i: Recall("", i)) if isinstance(r, Recalled)]
+            commit = min(r.commit for r in recalled)
+            if commit >= 0 and all(commit in (r.commit, r.held) for r in recalled):
                 answers = ask_each(lambda i: Restore("", commit, i, count, is_warm=True))
-                assert isinstance(answers[0], Restored)
-                return decode_book(answers[0].book), True
+                books = [decode_book(answer.book) for answer in answers if isinstance(answer, Restored)]
+                # A change between two commits that some have and the first has not is given up; its number is not used again.
+                return msgspec.structs.replace(books[0], serial=max(book.serial for book in books)), True
         first: StorageError | None = None
         for name in find(self.files, self.path):
             try:
