@@ -10,14 +10,14 @@ import sys
 import time
 from pathlib import Path
 
-from bench import core, deploy_serving, deploy_tables, durability, keras, models, report, tables
+from bench import core, deploy, deploy_serving, deploy_tables, durability, keras, models, report, tables
 from bench.harness import BenchError, Fleet
 
 #: One compute thread per process, as two workers on two cores need, and the token of every server of this run.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 FIGURES = core.FIGURES | tables.FIGURES | durability.FIGURES | keras.FIGURES | models.FIGURES
-FIGURES |= deploy_serving.FIGURES | deploy_tables.FIGURES
+FIGURES |= deploy.FIGURES | deploy_serving.FIGURES | deploy_tables.FIGURES
 HOME = Path(__file__).resolve().parent.parent
 README = HOME / "README.md"
 

@@ -8,7 +8,9 @@ Workers are threads of this process, with a session each.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import runpy
 import sys
 import tempfile
 import threading
@@ -436,7 +438,7 @@ def workers_of_two_frameworks_train_one_job() -> None:
 
 @check
 def what_is_saved_goes_on_in_keras_and_back() -> None:
-    for name in ("momentum", "rmsprop, all", "amsgrad"):
+    for name in ("rmsprop, all", "amsgrad"):  # with every kind of slot and a schedule
         make = OPTIMIZERS[name]
         peer = compile_on(None, make_model(), make())
         fit(peer)
@@ -480,6 +482,34 @@ def checkpoints_are_written_and_weights_loaded() -> None:
             other.load_weights(f"{folder}/all.weights.h5")
             fit(other, epochs=1, batch_size=64)
             assert_same(other, model, 0.1)
+
+
+@check
+def a_published_version_loads_into_a_model_of_other_numbers() -> None:
+    """Layers that Keras names: the second model of a process has other numbers in its paths."""
+
+    def make() -> keras.Model:
+        layers = [
+            keras.layers.Dense(5),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dropout(0.1),
+            keras.layers.Dense(3),
+        ]
+        return keras.Sequential([keras.Input((6,)), *layers])
+
+    with tempfile.TemporaryDirectory() as folder, open_strategy() as strategy:
+        model = compile_on(strategy, make(), "adam")
+        fit(model)
+        strategy.session.publish("prod", store=folder).result()
+        other = make()
+        with hw.subscribe(folder, "prod") as subscription:
+            hw.keras.load_weights(other, subscription.wait(30))
+            assert_same(other, model, 0)
+            wrong = keras.Sequential([keras.Input((6,)), keras.layers.Dense(4)])
+            before = wrong.get_weights()
+            with pytest.raises(errors.LayoutError, match="shape"):
+                hw.keras.load_weights(wrong, subscription.versions.load("prod"))
+            assert all((a == b).all() for a, b in zip(wrong.get_weights(), before, strict=True))
 
 
 # Data.
@@ -662,6 +692,15 @@ def a_step_compiled_elsewhere_is_refused() -> None:
             state = [v.value for v in optimizer.variables], [v.value for v in variables], [v.value for v in variables]
             with pytest.raises(errors.UsageError, match="compiled elsewhere"):
                 jax.jit(optimizer.stateless_apply)(*state)
+
+
+@check
+def example_learns_the_line_alone() -> None:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        runpy.run_path(str(Path(__file__).parent.parent / "examples" / "keras_linear.py"))
+    assert said.getvalue() == (
+        f"{{'backend': '{BACKEND}', 'worker': 0, 'workers': 1, 'servers': 1, 'consistency': 'bsp'}}\ny = 2.00x + 1.00\n"
+    )
 
 
 def main(names: Sequence[str]) -> None:

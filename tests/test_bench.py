@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import core, crew, durability, harness, models, report, tables, traffic
+from bench import core, crew, deploy_tables, durability, harness, models, report, tables, traffic
 from bench.peers.kernel import Rows, table_kernel
 
 
@@ -209,3 +209,8 @@ def test_updates_are_counted_under_servers_that_are_killed(monkeypatch: pytest.M
         updates, wrong = durability.count_updates(fleet, random.Random(1), tally, "bsp", 2, 2)
     assert (wrong, tally.kills) == (0, 2)
     assert updates > 3 * durability.ENDS_AFTER
+
+
+def test_a_push_is_seen_with_its_own_value_of_the_probe_or_a_later_one() -> None:
+    lags = deploy_tables.freshness([(1, 0.0), (2, 1.0), (3, 2.0)], [(0, 0.5), (2, 1.5)])
+    assert lags == [1.5, 0.5, float("inf")]

@@ -34,7 +34,7 @@ os.write(1, f"\\nworker {session.index} has {digest} error {error}\\n".encode())
 
 def run(folder: Path, script: str, more: str = "") -> tuple[dict[int, tuple[int, int]], float, str]:
     """Run a script in two workers; return by worker the step that it ended at and its clock, the model's error, and the output."""
-    (folder / "script.py").write_text(script + TELL + more)
+    (folder / "script.py").write_text("import torch\n\ntorch.manual_seed(0)\n" + script + TELL + more)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "headwater", "run", "-n", "2", "--restarts", "0", "script.py"],

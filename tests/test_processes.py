@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -229,6 +230,15 @@ def test_a_script_that_is_missing_is_named(machine: Machine) -> None:
     output = machine.run("nowhere.py")
     assert output.finish() == 2
     assert "nowhere.py is no file" in output.text
+
+
+def test_the_demo_trains_publishes_serves_and_swaps(machine: Machine, tmp_path: Path) -> None:
+    output = machine.start(
+        "-m", "headwater", "demo", "--minutes", "0.03", "--folder", str(tmp_path), TMPDIR=str(tmp_path)
+    )
+    assert output.finish() == 0, output.text
+    assert "prod is version 1, of step " in output.text
+    assert re.search(r"Of \d+ requests meanwhile none failed \(\d+ by version 1, \d+ by version 2\)", output.text)
 
 
 # Deaths.
@@ -461,6 +471,19 @@ def test_an_interruption_before_the_first_commit_has_nothing_to_save(machine: Ma
     assert output.finish() == 130
     assert "headwater: nothing was learnt yet, so nothing is saved." in output.lines, output.text
     assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("kind", ["server", "sleep"])
+def test_an_interrupt_while_a_process_is_started_leaves_none(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    class Interrupted(subprocess.Popen[bytes]):
+        def __init__(self, command: list[str], **how: Any) -> None:
+            super().__init__(command, **how)
+            if kind in command:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt), LocalJob(["sleep", "1000"], workers=1):
+        pass  # what is left is found by every test
 
 
 def test_a_job_saves_at_its_end_too(machine: Machine, tmp_path: Path) -> None:

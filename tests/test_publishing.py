@@ -57,6 +57,67 @@ def test_a_version_is_the_state_of_its_commit(
     assert last.commit == (30 if consistency.kind == "bsp" else 60)
 
 
+class Recommender(torch.nn.Module):
+    def __init__(self, table: hw.Table | hw.TableCopy) -> None:
+        super().__init__()
+        self.rows = hw.torch.Embedding(table)
+        self.top = torch.nn.Linear(4, 1, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.top(self.rows(ids))
+        return found
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_a_model_with_tables_is_published_whole(tmp_path: Path, servers: int) -> None:
+    """Under BSP rows and tensors of a version are of one commit: after commit n each row that was ever trained n times is −n."""
+    policy = hw.RowPolicy(expire_steps=8)
+    publications = []
+    with start_job(servers=servers, folder=tmp_path) as job, job.connect() as session:
+        table = session.table("items", 4, optimizer=hw.optim.SGD(lr=1.0), initial=hw.Constant(0.0), policy=policy)
+        session.register({"w": np.zeros(3, np.float32)}, hw.optim.SGD(lr=1.0))
+        for i in range(20):
+            ids = np.arange(50) if i < 2 else np.arange(20)
+            table.push(ids, np.ones((len(ids), 4), np.float32))
+            session.step({"w": np.ones(3, np.float32)})
+            if i in {1, 4, 5, 19}:
+                publications.append(session.publish(store=tmp_path / "v", keep=9))
+        expected = table.pull(np.arange(20))
+        missing = int(table.stats().rows)
+    versions = Versions(tmp_path / "v")
+    for publication in publications:
+        version = publication.result()
+        assert version is not None
+        found = versions.load(version.id).tensors
+        assert (found["w"] == -version.commit).all()
+        assert found["tables/items/values"][:20].min() == found["tables/items/values"][:20].max() == -version.commit
+        assert (np.diff(found["tables/items/ids"]) > 0).all()
+    assert len(versions.load(1).tensors["tables/items/ids"]) == 50
+    assert len(found["tables/items/ids"]) == missing == 20  # expired rows are gone
+    assert (found["tables/items/values"] == expected).all()
+
+
+def test_a_served_model_has_the_rows_of_its_version(tmp_path: Path) -> None:
+    ids = torch.arange(30)
+    with hw.connect() as session:
+        model = Recommender(session.table("items", 4, optimizer=hw.optim.SGD(lr=0.5), seed=3))
+        optimizer = hw.torch.Optimizer(model, hw.optim.SGD(lr=0.5), session=session)
+        for _ in range(3):
+            model(ids).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        session.publish("prod", store=tmp_path).result()
+        with torch.no_grad():
+            expected = model.eval()(ids)
+    served = Recommender(hw.TableCopy("items", 4, seed=3)).eval()
+    hw.torch.load_weights(served, Versions(tmp_path).load("prod"))
+    with torch.no_grad():
+        assert torch.equal(served(ids), expected)
+    other = Recommender(hw.TableCopy("others", 4))
+    with pytest.raises(errors.LayoutError, match="rows of dim 4 for table 'others'"):
+        hw.torch.load_weights(other, Versions(tmp_path).load("prod"))
+
+
 def test_a_publisher_that_fails_says_so_and_the_job_goes_on(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with hw.connect() as session:

@@ -173,6 +173,23 @@ def test_a_chain_of_deltas_gives_the_same_bits(store: Versions, tmp_path: Path) 
     assert sorted(path.name for path in (tmp_path / "fetched").iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_memory_is_used_again_once_nobody_refers_to_it(tmp_path: Path) -> None:
+    store, room = Versions(tmp_path), _versions.Room()
+    for seed in range(3):
+        store.publish(weights(seed), dtypes=BITS)
+    first = store.load(1, room=room)
+    kept = first.tensors["half"][3:]
+    del first
+    second = store.load(2, room=room)
+    place = second.tensors["half"].ctypes.data
+    assert not np.shares_memory(kept, second.tensors["half"])
+    del second
+    third = store.load(3, room=room)
+    assert third.tensors["half"].ctypes.data == place
+    assert_same(third, weights(2))
+    assert kept.tobytes() == weights(0)["half"][3:].tobytes()
+
+
 def test_a_delta_is_never_made_where_it_would_not_pay(store: Versions) -> None:
     one, other = weights(1), weights(2)
     first = store.publish(one, dtypes=BITS)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _BUFFERS = 1024  # in one system call, IOV_MAX on Linux
 _DIRECT_BYTES = 1 << 22  # at once past the cache
+_BEGIN_BYTES = 1 << 24  # written to the cache before the disk begins to take them
 
 _ADVICE = {
     errno.ENOSPC: "The disk is full: free some space there, or choose another store",
@@ -110,7 +111,7 @@ def byte_views(buffers: Sequence[Buffer]) -> list[memoryview]:
 
 class _LocalWriter:
     def __init__(self, path: str, ahead: int = 0) -> None:
-        self.size = self._taken = 0
+        self.size = self._taken = self._begun = 0
         self._path, self._ahead = path, ahead
         with named_failure("create", path):
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
@@ -129,6 +130,10 @@ class _LocalWriter:
                 del views[:whole]
                 if written:
                     views[0] = views[0][written:]
+        if self.size - self._begun >= _BEGIN_BYTES:
+            with suppress(OSError):  # dirty pages begin to be written, and stay
+                os.posix_fadvise(self._fd, self._begun, self.size - self._begun, os.POSIX_FADV_DONTNEED)
+            self._begun = self.size
 
     def _take(self, size: int) -> None:
         """Have space for so many bytes and some ahead."""

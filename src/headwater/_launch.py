@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from headwater._consistency import Consistency
 from headwater._errors import HeadwaterError, HostError, PeerLostError
@@ -116,14 +116,8 @@ class LocalJob:
             command += ["--resume"] if self._resumes or i in self._addresses else []
             # Of two processes with one index the later one follows, whichever that is.
             command += ["--follow"] if i >= self.server_count or (self._is_replicated and i in self._addresses) else []
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"HEADWATER_TOKEN": self.token},
-            start_new_session=True,
-        )
-        self.servers[i : i + 1] = [process]
+        environment = os.environ | {"HEADWATER_TOKEN": self.token}
+        process = _spawn(self.servers, i, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         if i not in self._addresses:  # else nobody waits: it may wait for another that is still to be started again
             self._addresses[i] = _read_address(process)
         if not self._is_replicated:
@@ -158,15 +152,10 @@ class LocalJob:
             if self.outputs is not None:
                 mode = "ab" if i < len(self.workers) else "wb"
                 output = stack.enter_context((self.outputs / f"worker-{i}.log").open(mode))
-            process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT if output is not None else None,
-                env=environment,
-                start_new_session=True,  # Ctrl+C is for the launcher, which saves first
+            errors = subprocess.STDOUT if output is not None else None
+            process = _spawn(
+                self.workers, i, self.command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment
             )
-        self.workers[i : i + 1] = [process]
         self._watch("worker", i, process)
 
     def _watch(self, kind: str, i: int, process: subprocess.Popen[bytes]) -> None:
@@ -324,10 +313,32 @@ def terminate_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _spawn(
+    processes: list[subprocess.Popen[bytes]], i: int, command: Sequence[str], **how: Any
+) -> subprocess.Popen[bytes]:
+    """Start a process and put it into place i, both or neither: one that is interrupted in between would be nobody's to end.
+
+    Ctrl+C is for the launcher, which saves first.
+    """
+    came: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    before = [(number, signal.signal(number, lambda number, _: came.append(number))) for number in numbers]
+    try:
+        processes[i : i + 1] = [subprocess.Popen(command, start_new_session=True, **how)]
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+    return processes[i]
+
+
 def _read_address(process: subprocess.Popen[bytes]) -> str:
     """Return the address that a starting server prints."""
     assert process.stdout is not None
     timer = threading.Timer(START_S, process.kill)
+    timer.daemon = True  # an interrupt may come before there is anybody to cancel it
     timer.start()
     try:
         line = process.stdout.readline().decode()

@@ -30,6 +30,7 @@ FOLLOW_ROWS = 1 << 16  # of a table, asked for at once by a replica
 FOLLOW_S = 0.05  # between two times that a replica asks
 LOOK_S = 1.0  # between two times that it looks for new tables
 SPIN_S = 1e-4  # that a reader looks for the answer to a lookup before it sleeps
+LINGER_S = 5e-5  # that a replica looks for the next lookup of a reader that was alone to ask, before it sleeps
 LAGS = 1024  # askings whose lags a replica remembers
 STAGED_PUSHES = 1 << 14  # of one worker's tables between two steps
 SEQUENCES = 1 << 14  # of workers' pushes to tables that are remembered

@@ -67,10 +67,14 @@ class Listener:
         self._connections: set[Connection] = set()
         self._threads: set[threading.Thread] = set()
         self._lock = threading.Lock()
-        self._is_closed = False
+        self._closing = threading.Event()
         self._folder: str | None = None
         self.stopped = threading.Event()
         self.address = ServerAddress("", "", host_name())
+
+    @property
+    def _is_closed(self) -> bool:
+        return self._closing.is_set()
 
     def _handler(self, connection: Connection, hello: Hello) -> Handler:
         """Return who answers a peer that has shown the token. Raises ProtocolError for a role that has no business here."""
@@ -176,7 +180,7 @@ class Listener:
         with self._lock:
             if self._is_closed:
                 return
-            self._is_closed = True
+            self._closing.set()
             connections, threads = list(self._connections), set(self._threads)
         for listener in self._listeners:
             with contextlib.suppress(OSError):

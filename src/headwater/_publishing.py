@@ -1,5 +1,6 @@
 """From a running job to a version in a store, beside training.
 
+    changes    of tables, until little is missing; the rest while commits are held
     SetAside   between two commits; from here on training goes on
     MakeRoom   to every server: memory for the commits that go on beside, unless it is there already
     Pull       what is set aside, from every server, into this process's memory
@@ -12,8 +13,10 @@ One thread for each session does it, over connections of its own, one version af
 from __future__ import annotations
 
 import queue
+import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -25,12 +28,28 @@ from headwater._errors import HeadwaterError, StorageError, UsageError, WaitTime
 from headwater._files import open_files
 from headwater._keeper import newest
 from headwater._layout import Layout
-from headwater._messages import AnyMessage, Done, Held, MakeRoom, Pull, Pulled, Release, SetAside, StateSet
+from headwater._lookup import Table
+from headwater._messages import (
+    AnyMessage,
+    Done,
+    Held,
+    MakeRoom,
+    Pull,
+    Pulled,
+    Release,
+    SetAside,
+    StateSet,
+    Stats,
+    StatsGet,
+)
 from headwater._peers import Peers
+from headwater._rows import TableSpec
 from headwater._snapshot import MANIFEST, locate, open_manifest, read_dense
+from headwater._table_copy import TableCopy
 from headwater._versions import Version, Versions, Weights, check_tag
 
 _M = TypeVar("_M")
+_ROWS = 1 << 16  # of a table, asked for at once
 STORE_KEY = "headwater.versions"  # of the job's dictionary: where its versions are
 
 
@@ -40,6 +59,8 @@ class Session(Protocol):
     _peers: Peers
 
     def _ask(self, message: AnyMessage, answer: type[_M]) -> _M: ...
+    def _held(self) -> AbstractContextManager[Any]: ...
+    def _table(self, number: int, spec: TableSpec) -> Table: ...
     def close(self) -> None: ...
 
 
@@ -97,7 +118,9 @@ class Publisher:
         self._session: Session | None = None
         self._arenas: list[np.ndarray] = []  # what was pulled last, then what is pulled next
         self._last: Weights | None = None
+        self._copies: list[tuple[Table, TableCopy]] = []  # of the job's tables, by number
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._consumer = f"versions {secrets.token_hex(4)}"
         self._thread = threading.Thread(target=self._run, name="publish", daemon=True)
         self._thread.start()
 
@@ -142,6 +165,7 @@ class Publisher:
 
     def _disconnect(self) -> None:
         session, self._session = self._session, None
+        self._copies.clear()  # their delta streams end with the session
         if session is not None:
             session.close()
 
@@ -164,10 +188,14 @@ class Publisher:
             self._session._ask(StateSet(STORE_KEY, msgspec.msgpack.encode(str(self.versions))), Done)
         session, peers = self._session, self._session._peers
         readers = [peers.reader(i) for i in range(len(peers.addresses))]
-        held = session._ask(SetAside(), Held)
+        self._follow_tables(session)
+        with session._held() if self._copies else nullcontext():
+            self._catch_up()
+            held = session._ask(SetAside(), Held)
+            rows = {table.name: copy.all_rows() for table, copy in self._copies}
         publication.is_aside.set()
         try:
-            if not held.tensors:
+            if not held.tensors and not rows:
                 raise UsageError("Expected a job with registered parameters, got one that has none yet.")
             layout = Layout(held.tensors)
             for reader in readers:  # while the worker computes
@@ -182,7 +210,27 @@ class Publisher:
                 peers.receive(reader, Pulled, view)
         finally:
             session._ask(Release(), Done)
-        return layout.views(arena), {spec.name: spec.dtype for spec in held.tensors}, held.commit
+        arrays, dtypes = layout.views(arena), {spec.name: spec.dtype for spec in held.tensors}
+        for name, (ids, values) in rows.items():
+            arrays |= {f"tables/{name}/ids": ids, f"tables/{name}/values": values}
+            dtypes |= {f"tables/{name}/ids": "int64", f"tables/{name}/values": "float32"}
+        return arrays, dtypes, held.commit
+
+    def _follow_tables(self, session: Session) -> None:
+        """Have copies of all tables that lack little of what the servers have."""
+        for number, spec in list(enumerate(session._ask(StatsGet(), Stats).tables))[len(self._copies) :]:
+            table = session._table(number, spec)
+            table.track(self._consumer, ends=True)
+            self._copies.append((table, TableCopy.of(spec)))
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        for table, copy in self._copies:
+            more = True
+            while more:
+                changes = table.changes(self._consumer, _ROWS, state=False)
+                copy.apply(changes)
+                more = changes.more
 
     def _arena(self, size: int) -> np.ndarray:
         """Return memory that the version before does not lie in."""

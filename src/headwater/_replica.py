@@ -55,7 +55,7 @@ from headwater._rows import TableSpec
 from headwater._session import Session
 from headwater._table import Answer, Rooms
 from headwater._table_copy import TableCopy
-from headwater._transport import Address, Connection
+from headwater._transport import Address, Connection, SocketConnection
 
 
 class _Observer(Session):
@@ -159,6 +159,7 @@ class Replica(Listener):
         self._numbered: dict[int, _Served] = {}
         self._count = 0  # of numbers
         self._has_looked = False
+        self.latest: _Desk | None = None  # whose reader has asked last
         self._trouble = ""
         self._refusal: UsageError | None = None  # before everything has come once
         self._session: Session | None = self._connect(returns=False)
@@ -356,6 +357,11 @@ class _Desk(Rooms):
     def handle(self) -> bool:
         """Carry out one request. Errors of the caller are answered, not raised."""
         message = self._connection.receive(self._sink).message
+        is_alone, self._replica.latest = self._replica.latest is self, self
+        if isinstance(
+            self._connection, SocketConnection
+        ):  # several that look for requests would wait for the interpreter
+            self._connection.spin_s = _limits.LINGER_S if is_alone else 0.0
         try:
             self._connection.send(*self._answer(message))
         except (PeerLostError, ProtocolError):

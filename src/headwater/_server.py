@@ -182,10 +182,10 @@ class Server(Listener):
         deadline = time.monotonic() + (_limits.REJOIN_S if self._keeper is not None else 0.0)
         while time.monotonic() < deadline and not self._is_closed:
             try:
-                self._enroll(join, 1.0)
+                self._enroll(join, 0.0)
                 return
             except (UnreachableError, PeerLostError):
-                time.sleep(_limits.AGAIN_S)
+                self._closing.wait(_limits.AGAIN_S)
             except HeadwaterError as error:
                 warn(f"the coordinator does not take this server back: {error}")
                 break

@@ -656,7 +656,8 @@ class Session:
         tag: what points at the version once it is there, such as "prod". store: a folder or an fsspec URL, default
         $HEADWATER_VERSIONS, or the folder `versions` here. metrics: numbers to be kept with it. attach: files, such as a config
         and a tokenizer, that are copied beside the weights. keep: see `Versions.publish`. The version holds what the job has, in the dtypes
-        of the model, and what an adapter knows besides: frozen parameters and buffers.
+        of the model, and what an adapter knows besides: frozen parameters and buffers. Of each table it holds all rows, as the tensors
+        "tables/NAME/ids" and "tables/NAME/values", of the same commit under BSP; this process keeps a copy of them.
 
         Every worker may call it: the one with index 0 publishes, for the others there is nothing to do. What is written is read from the
         servers beside training; a version that this worker is still writing is waited for. `close` waits, too. What goes wrong later is
@@ -667,6 +668,8 @@ class Session:
             return Publication(None)
         if self._is_pending:
             self.wait()
+        if self._tables is not None:
+            self._tables.settle()
         path = os.fspath(store or os.environ.get("HEADWATER_VERSIONS") or "versions")
         if self._publisher is None or self._publisher.store != path:
             if self._publisher is not None:
@@ -784,6 +787,9 @@ class Session:
     @contextmanager
     def _held(self) -> Iterator[Held]:
         """Keep the job's commits waiting."""
+        if self._is_holding:  # already, and what is around this goes on holding
+            yield self._ask(Hold(), Held)
+            return
         held = self._ask(Hold(), Held)
         self._held_s = time.monotonic()
         self._is_holding = True

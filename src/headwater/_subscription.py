@@ -17,7 +17,7 @@ from headwater._files import LocalFiles
 from headwater._messages import State, StateGet
 from headwater._publishing import read_store
 from headwater._session import connect_session
-from headwater._versions import Version, Versions, Weights
+from headwater._versions import Room, Version, Versions, Weights
 
 
 def subscribe(source: str | os.PathLike[str], tag: str | int = "latest", *, token: str | None = None) -> Subscription:
@@ -126,6 +126,7 @@ class Subscription:
 
     def _follow(self) -> None:
         seen: Weights | None = None
+        room = Room()
         failed: tuple[int, float] | None = None  # a version that could not be read, and when it is tried again
         while not self._is_closed:
             try:
@@ -134,7 +135,7 @@ class Subscription:
                 if is_new and (failed is None or failed[0] != number or time.monotonic() >= failed[1]):
                     failed = number, time.monotonic() + _limits.LOOK_AGAIN_S
                     start = time.monotonic()
-                    seen, failed = self.versions.load(number, base=seen or self._held), None
+                    seen, failed = self.versions.load(number, base=seen or self._held, room=room), None
                     debug(f"version {number} of {self.versions} in {time.monotonic() - start:.3f} s")
                     with self._changed:
                         self._ready, self.error, self._said = seen, None, ""

@@ -128,6 +128,25 @@ class TableCopy:
         """Write rows: ids int64 (k,), distinct; values float32 (k, dim). Raises LayoutError, and has then written nothing."""
         self._write(self._target, self._checked(ids, values), values)
 
+    def replace(self, ids: np.ndarray, values: np.ndarray) -> None:
+        """Let these be all rows, arrays as in `rows`, at once for whoever looks them up. Raises LayoutError; nothing has changed then."""
+        self._checked(ids, values)
+        kernel = self._new_kernel()
+        self._write(kernel, ids, values)
+        self._kernel, self._aside = kernel, None
+
+    def all_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return all rows, ids int64 (k,) in rising order and values float32 (k, dim), yours; nobody may write meanwhile."""
+        ids, values = [np.empty(0, np.int64)], [np.empty((0, self.dim), np.float32)]
+        cursor = 0
+        while cursor >= 0:
+            some, rows, _, _, cursor = self._kernel.export(cursor)
+            ids.append(some)
+            values.append(rows)
+        found = np.concatenate(ids)
+        order = np.argsort(found)
+        return found[order], np.concatenate(values)[order]
+
     def delete(self, ids: np.ndarray) -> None:
         """Drop the rows of ids, int64 (m,); those that have none stay without."""
         self._delete(self._target, as_ids(ids, f"table {self.name!r}"))

@@ -462,7 +462,7 @@ def connect(address: Address, timeout_s: float = _limits.CONNECT_S) -> SocketCon
                 sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 sock.connect(address.host)
             else:
-                left = max(deadline - time.monotonic(), 0.1)
+                left = max(deadline - time.monotonic(), 1.0)  # one try over a slow line
                 sock = socket.create_connection((address.host, address.port), timeout=left)
                 sock.settimeout(None)
             return SocketConnection(sock, str(address))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ import xxhash
 from headwater import _delta, _limits
 from headwater._errors import LayoutError, SettingError, StorageError, WaitTimeoutError
 from headwater._files import Files, LocalFiles, claim, open_files
+from headwater._layout import ALIGN_BYTES, round_up
 from headwater._sealed import (
     PIECE_BYTES,
     File,
@@ -113,6 +115,21 @@ class Weights(NamedTuple):
 
     version: Version
     tensors: dict[str, np.ndarray]
+
+
+class Room:
+    """Memory for weights, used again once nobody refers to them: new memory costs as much as reading a file from the system's cache."""
+
+    def __init__(self) -> None:
+        self._arenas: list[np.ndarray] = []
+
+    def take(self, size: int) -> np.ndarray:
+        """Return so many bytes, uint8; views of them keep them."""
+        for i in range(len(self._arenas)):
+            if self._arenas[i].nbytes == size and sys.getrefcount(self._arenas[i]) == 2:  # the list's, and the call's
+                return self._arenas[i]
+        self._arenas = [*self._arenas[-2:], np.empty(size, np.uint8)]
+        return self._arenas[-1]
 
 
 class Difference(NamedTuple):
@@ -389,11 +406,11 @@ class Versions:
 
     # Reading.
 
-    def load(self, which: int | str, *, base: Weights | None = None) -> Weights:
+    def load(self, which: int | str, *, base: Weights | None = None, room: Room | None = None) -> Weights:
         """Return a version's weights, every tensor verified.
 
-        base: weights of another version, from which a delta may go on; those arrays are shared where nothing has changed. Raises
-        StorageError naming the file or tensor that is missing, torn, rotten or rests on another base.
+        base: weights of another version, from which a delta may go on; those arrays are shared where nothing has changed. room: where
+        to put them; None: new memory. Raises StorageError naming the file or tensor that is missing, torn, rotten or rests on another base.
         """
         chain = [self.get(self.resolve(which))]
         while chain[-1].base is not None and (base is None or base.version.id != chain[-1].id):
@@ -410,7 +427,7 @@ class Versions:
             if is_known and base is not None and version is chain[-1]:
                 tensors = base.tensors
             elif version.is_full:
-                tensors = self._read_model(version)
+                tensors = self._read_model(version, room or Room())
             else:
                 tensors = self._read_delta(version, tensors)
         if len(chain) > 1:  # else its file was
@@ -419,15 +436,17 @@ class Versions:
             array.flags.writeable = False
         return Weights(chain[0], tensors)
 
-    def _read_model(self, version: Version) -> dict[str, np.ndarray]:
+    def _read_model(self, version: Version, room: Room) -> dict[str, np.ndarray]:
         folder = self.folder(version.id)
+        arena, at = room.take(sum(round_up(tensor.bytes, ALIGN_BYTES) for tensor in version.tensors)), 0
         with reading(folder, MODEL):
             source = Source(self.files, folder, _file(version, MODEL))
             source.skip_header(sum(tensor.bytes for tensor in version.tensors))
             found = {}
             for tensor in version.tensors:
-                found[tensor.name] = np.empty(tensor.shape, array_dtype(tensor.dtype))
-                source.fill(found[tensor.name])
+                array = arena[at : at + tensor.bytes].view(array_dtype(tensor.dtype)).reshape(tensor.shape)
+                source.fill(array)
+                found[tensor.name], at = array, at + round_up(tensor.bytes, ALIGN_BYTES)
             source.finish()
         return found
 

@@ -13,7 +13,9 @@ pull copies nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any
@@ -24,6 +26,7 @@ from headwater import optim
 from headwater._errors import LayoutError, SettingError, UsageError
 from headwater._layout import AVERAGED, TensorSpec
 from headwater._plan import pack_absent
+from headwater._sealed import natural
 from headwater._session import Session, Start, connect_session
 from headwater._versions import Weights, as_float
 
@@ -38,7 +41,7 @@ except ImportError as error:
 from headwater._keras_embedding import Embedding
 from headwater._keras_steps import BACKEND, Read, Steps, Write, assign, is_traced, read, to_numpy, to_tensor, uncompiled
 
-__all__ = ["Embedding", "Optimizer", "ParameterServerStrategy"]
+__all__ = ["Embedding", "Optimizer", "ParameterServerStrategy", "load_weights"]
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _KEY = "keras"  # in the job's dictionary: the dtype policy, and the count of iterations with which the job began
@@ -53,6 +56,7 @@ _SLOTS = {
     "exp_avg_sq": "_velocities",
     "max_exp_avg_sq": "_velocity_hats",
 }
+_NUMBERED = re.compile(r"_\d+(?=/|$)")  # what Keras gives to the second of a class, and so on
 _KINDS = tuple(getattr(keras.optimizers, name) for name in ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW"))
 
 
@@ -498,24 +502,42 @@ def _settings_of(optimizer: Any) -> optim.AnyOptimizer:
 def load_weights(model: keras.Model, weights: Weights) -> None:
     """Let a model have the weights of a version, between two of its calls.
 
-    Names are the variables' paths. Values take the model's dtypes; integers, such as the state of a random generator, may be missing.
+    Names are the variables' paths, apart from the numbers that Keras gives to layers and models of one class in the order in which
+    they are made. Values take the model's dtypes; integers, such as the state of a random generator, may be missing.
     Raises LayoutError naming the first variable that does not fit; the model is then as it was.
     """
     version, ready = weights.version, []
+    names = _aligned([variable.path for variable in model.variables], weights.tensors)
     for variable in model.variables:
-        array, shape = weights.tensors.get(variable.path), tuple(variable.shape)
+        name, shape = names.get(variable.path, variable.path), tuple(variable.shape)
+        array = weights.tensors.get(name)
         is_float = keras.backend.is_float_dtype(variable.dtype)
         if array is None and not is_float:
             continue
         if array is None or array.shape != shape:
             got = "none" if array is None else f"one of shape {array.shape}"
             raise LayoutError(f"Expected {variable.path!r} of shape {shape}, got {got} in version {version.id}.")
-        ready.append((variable, as_float(array, version.dtypes[variable.path]) if is_float else array))
-    unknown = set(weights.tensors) - {variable.path for variable in model.variables}
+        ready.append((variable, as_float(array, version.dtypes[name]) if is_float else array))
+    unknown = set(weights.tensors) - set(names.values())
     if unknown:
         raise LayoutError(f"Expected no {min(unknown)!r}, got it in version {version.id}: of another model?")
     for variable, value in ready:
         variable.assign(value)
+
+
+def _aligned(paths: Sequence[str], names: Iterable[str]) -> dict[str, str]:
+    """Return for each path the name that stands for it: the n-th of those that are alike but for Keras's numbers."""
+    found = {}
+    alike: dict[str, list[str]] = {}
+    for name in sorted(names, key=natural):
+        alike.setdefault(_NUMBERED.sub("", name), []).append(name)
+    counts = Counter[str]()
+    for path in sorted(paths, key=natural):
+        plain = _NUMBERED.sub("", path)
+        if counts[plain] < len(alike.get(plain, [])):
+            found[path] = alike[plain][counts[plain]]
+        counts[plain] += 1
+    return found
 
 
 def _place(settings: optim.AnyOptimizer, slot: str) -> tuple[str, float]:

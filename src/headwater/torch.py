@@ -22,6 +22,7 @@ from headwater._errors import ClosedError, LayoutError, SettingError, UsageError
 from headwater._layout import AVERAGED, TensorSpec
 from headwater._plan import pack_absent
 from headwater._session import Session, connect_session
+from headwater._table_copy import TableCopy
 from headwater._torch_embedding import Embedding, EmbeddingBag
 from headwater._versions import Weights
 
@@ -364,7 +365,8 @@ class Optimizer(torch.optim.Optimizer):
 def load_weights(module: torch.nn.Module, weights: Weights) -> None:
     """Let a module have the weights of a version, all in one step between two of its calls; they are copied beside it first.
 
-    Names are those of `module.state_dict()`, tied ones once; values take the module's dtypes and devices. Raises LayoutError naming the
+    Names are those of `module.state_dict()`, tied ones once; values take the module's dtypes and devices. Rows go into the module's
+    `TableCopy`s, by the tables' names. Raises LayoutError naming the
     first tensor that does not fit; the module is then as it was.
     """
     names: dict[int, list[str]] = {}
@@ -374,6 +376,16 @@ def load_weights(module: torch.nn.Module, weights: Weights) -> None:
             tensors[id(tensor)] = tensor
             names.setdefault(id(tensor), []).append(name.replace(_COMPILED, ""))
     left, dtypes = set(weights.tensors), weights.version.dtypes
+    held_tables = (getattr(each, "table", None) for each in module.modules())
+    copies = {table.name: table for table in held_tables if isinstance(table, TableCopy)}
+    for name, copy in copies.items():
+        ids, values = (weights.tensors.get(f"tables/{name}/{part}") for part in ("ids", "values"))
+        if ids is None or values is None or values.shape != (len(ids), copy.dim):
+            got = "none" if values is None else f"values of shape {values.shape}"
+            raise LayoutError(
+                f"Expected rows of dim {copy.dim} for table {name!r}, got {got} in version {weights.version.id}."
+            )
+        left -= {f"tables/{name}/ids", f"tables/{name}/values"}
     ready: list[tuple[torch.Tensor, torch.Tensor]] = []
     for key, tensor in tensors.items():
         name = next((name for name in names[key] if name in left), "")
@@ -390,6 +402,8 @@ def load_weights(module: torch.nn.Module, weights: Weights) -> None:
         left -= set(names[key])
     if left:
         raise LayoutError(f"Expected no {min(left)!r}, got it in version {weights.version.id}: of another model?")
+    for name, copy in copies.items():
+        copy.replace(weights.tensors[f"tables/{name}/ids"], weights.tensors[f"tables/{name}/values"])
     for tensor, held in ready:
         tensor.data = held
 

@@ -265,6 +265,11 @@ class PyTable {
     s.level = level_of(level).rows;
     table_ = std::make_unique<Table>(s);
   }
+  // To give gigabytes back takes the system a while, for which nobody else need wait.
+  ~PyTable() {
+    nb::gil_scoped_release released;
+    table_.reset();
+  }
 
   int64_t pull(nb::handle ids_object, nb::handle out_object, bool touch, double now, bool prefetch) {
     const Array<const int64_t> ids = ids_here(ids_object);
