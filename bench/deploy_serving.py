@@ -16,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from http.client import HTTPException
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -297,7 +298,7 @@ class Crew:
                 with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
                     text, version = answer.read(), int(answer.headers["X-Model-Version"])
                     is_whole = values_in(text) == {float(version)}
-            except (OSError, ValueError):
+            except (OSError, ValueError, HTTPException):  # refused, gone, or gone while it answered
                 version = 0
             self.heard.append(Heard(i, asked_s, time.monotonic(), version, is_whole))
 

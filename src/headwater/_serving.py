@@ -54,7 +54,7 @@ class Residents:
         self._pauses = metrics.histogram(
             "headwater_swap_pause_seconds",
             "How long requests were held back by a swap.",
-            [1e-6, 1e-5, 1e-4, 1e-3, 1e-2],
+            [1e-6, 1e-5, 1e-4, 2e-4, 5e-4, 1e-3, 1e-2],
         )
         metrics.gauge(
             "headwater_current_version",
