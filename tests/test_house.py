@@ -76,6 +76,14 @@ def test_imports_point_one_way(module: str) -> None:
 
 
 @modules
+def test_a_name_of_a_module_has_one_value(module: str) -> None:
+    """Else one of two limits that happen to share a name is in force for both."""
+    targets = [t for node in tree(module).body if isinstance(node, ast.Assign) for t in node.targets]
+    names = [target.id for target in targets if isinstance(target, ast.Name)]
+    assert sorted(names) == sorted(set(names))
+
+
+@modules
 def test_nothing_that_runs_a_peers_code_is_imported(module: str) -> None:
     assert imports(module).isdisjoint({"pickle", "marshal", "shelve", "dill", "cloudpickle"})
 

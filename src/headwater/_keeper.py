@@ -505,7 +505,7 @@ class Feed:
         near = address.host == host_name() and address.unix
         connection = connect(Address.parse(near or address.tcp))
         try:
-            connection.set_timeout(_limits.FOLLOW_S)
+            connection.set_timeout(_limits.FOLLOWER_S)
             request(connection, Hello(token, "leader", 0))
         except PeerLostError as error:  # which would end the connection of whoever asks: that is not who is lost
             connection.close()
