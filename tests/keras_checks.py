@@ -503,7 +503,9 @@ def a_published_version_loads_into_a_model_of_other_numbers() -> None:
         strategy.session.publish("prod", store=folder).result()
         other = make()
         with hw.subscribe(folder, "prod") as subscription:
-            hw.keras.load_weights(other, subscription.wait(30))
+            with subscription._changed:
+                assert subscription._changed.wait_for(lambda: subscription._ready is not None, 30)
+            assert subscription.apply(other) is not None
             assert_same(other, model, 0)
             wrong = keras.Sequential([keras.Input((6,)), keras.layers.Dense(4)])
             before = wrong.get_weights()

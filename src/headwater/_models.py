@@ -13,6 +13,7 @@ import numpy as np
 
 from headwater._errors import RequestError, SettingError
 from headwater._oip import DATATYPES, Slot, Tensor
+from headwater._subscription import framework_of
 from headwater._versions import Weights
 
 _TORCH_NAMES = {
@@ -60,13 +61,11 @@ def open_model(spec: str, device: str = "cpu") -> Callable[[], ServedModel]:
 
 def wrap(model: Any, device: str = "cpu") -> ServedModel:
     """Return what serves a torch.nn.Module or a Keras model. Raises SettingError for anything else."""
-    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(model).__mro__}
-    if any(
-        kind.startswith("keras.") and kind.endswith(".Model") for kind in kinds
-    ):  # first: on PyTorch it is a Module, too
-        return KerasModel(model, device)
-    if "torch.nn.modules.module.Module" in kinds:
-        return TorchModel(model, device)
+    match framework_of(model):
+        case "keras":
+            return KerasModel(model, device)
+        case "torch":
+            return TorchModel(model, device)
     raise SettingError(f"Expected build() to return a torch.nn.Module or a keras.Model, got {type(model).__name__}.")
 
 

@@ -160,17 +160,16 @@ def load_weights(target: Any, weights: Weights) -> None:
     if isinstance(target, MutableMapping):
         _write(target, weights)
         return
-    package = next((package for package, name in _MODELS if _is_a(target, package, name)), None)
-    if package is None:
+    package = framework_of(target)
+    if not package:
         raise UsageError(f"Expected a torch.nn.Module, a Keras model or arrays by name, got {type(target).__name__}.")
     importlib.import_module(f"headwater.{package}").load_weights(target, weights)
 
 
-_MODELS = (("torch", "Module"), ("keras", "Model"))
-
-
-def _is_a(target: Any, package: str, name: str) -> bool:
-    return any(kind.__name__ == name and kind.__module__.split(".")[0] == package for kind in type(target).__mro__)
+def framework_of(model: Any) -> str:
+    """Return "keras" for a Keras model, which on PyTorch is a module, too, "torch" for any other module, "" for anything else."""
+    kinds = {(kind.__module__.split(".")[0], kind.__name__) for kind in type(model).__mro__}
+    return "keras" if ("keras", "Model") in kinds else "torch" if ("torch", "Module") in kinds else ""
 
 
 def _write(arrays: MutableMapping[str, np.ndarray], weights: Weights) -> None:
