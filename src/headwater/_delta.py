@@ -104,8 +104,7 @@ def _apply_sparse(difference: bytes | memoryview, old: np.ndarray, new: np.ndarr
     if len(ends) != changed or (changed and where[-1] >= new.size):
         raise ValueError(f"expected {changed} places below {new.size}, got others")
     values = _unzigzag(_from_planes(_read(reader, changed * new.itemsize), changed))
-    if new is not old:
-        new[...] = old
+    new[...] = old
     new[where] += values
 
 

@@ -21,7 +21,6 @@ one speed, and go on while a process is stopped. Coordinators of one machine tak
 from __future__ import annotations
 
 import http.client
-import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -32,11 +31,10 @@ from typing import NamedTuple, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 import msgspec
-import numpy as np
 
 from headwater._errors import HeadwaterError, PeerError, RequestError, SettingError, debug
 from headwater._files import claim
-from headwater._sealed import created, reading
+from headwater._sealed import read_text, reading, replace_text
 from headwater._serving import Resident, Residents
 from headwater._versions import Versions
 
@@ -218,17 +216,11 @@ class Fleet:
             let_go()
 
     def _write(self, folder: str, name: str, value: msgspec.Struct) -> None:
-        aside = f".{name}.{os.getpid()}.{threading.get_ident()}"
-        with created(self._files, folder, aside, is_read_soon=True) as sink:
-            sink.write(msgspec.json.encode(value))
-        self._files.rename(f"{folder}/{aside}", f"{folder}/{name}")
-        self._files.sync_folder(folder)
+        replace_text(self._files, folder, name, msgspec.json.encode(value))
 
     def _read(self, folder: str, name: str, kind: type[_T]) -> _T:
         with reading(folder, name):
-            raw = np.empty(self._files.size(f"{folder}/{name}"), np.uint8)
-            self._files.read_into(f"{folder}/{name}", 0, memoryview(raw))
-            return msgspec.json.decode(raw.tobytes(), type=kind)
+            return msgspec.json.decode(read_text(self._files, folder, name), type=kind)
 
 
 class Member:

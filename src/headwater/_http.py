@@ -30,7 +30,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from headwater import __version__, _limits
 from headwater._batching import Batcher
 from headwater._errors import AddressError, HeadwaterError, RequestError, SettingError, warn
-from headwater._files import LocalFiles
 from headwater._fleet import Fleet, Member
 from headwater._metrics import TYPE, Metrics
 from headwater._models import ServedModel
@@ -411,7 +410,6 @@ class ModelServer:
         wait_s: float = 0.0,
         body_bytes: int = _limits.REQUEST_BYTES,
     ) -> None:
-        metrics = Metrics()
         self.metrics = metrics = Metrics()
         self._residents = Residents(make, versions, pins=pins, metrics=metrics)
         self._member = Member(Fleet(versions, tag), self._residents, fleet_url) if fleet_url else None
@@ -421,7 +419,7 @@ class ModelServer:
             metrics,
             resolve=versions.resolve if self._member is None else self._member.wanted,
             flip=self._residents.flip if self._member is None else self._member.flip,
-            look_s=_limits.LOOK_TAG_S if isinstance(versions.files, LocalFiles) else _limits.LOOK_TAG_FAR_S,
+            look_s=versions.look_s,
         )
         self._batcher = Batcher(metrics, rows=rows, wait_s=wait_s)
         self.service = Service(

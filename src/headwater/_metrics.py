@@ -92,12 +92,13 @@ class Histogram:
 def _lines(name: str, labels: Sequence[str], values: Values) -> list[str]:
     lines = []
     for key, value in sorted(values.items()):
-        says = ",".join(f'{label}="{_escape(text)}"' for label, text in zip(labels, key, strict=True))
+        says = ",".join(f'{label}="{escape(text)}"' for label, text in zip(labels, key, strict=True))
         lines.append(f"{name}{{{says}}} {_number(value)}" if says else f"{name} {_number(value)}")
     return lines
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Return a label's value as it stands between quotes."""
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 

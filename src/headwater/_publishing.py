@@ -46,7 +46,7 @@ from headwater._peers import Peers
 from headwater._rows import TableSpec
 from headwater._snapshot import MANIFEST, locate, open_manifest, read_dense
 from headwater._table_copy import TableCopy
-from headwater._versions import Version, Versions, Weights, check_tag
+from headwater._versions import Room, Version, Versions, Weights, check_tag
 
 _M = TypeVar("_M")
 _ROWS = 1 << 16  # of a table, asked for at once
@@ -76,14 +76,11 @@ class _Request(NamedTuple):
 class Publication:
     """A version on its way to the store. It can be shared between threads."""
 
-    def __init__(self, publisher: Publisher | None) -> None:
-        self._publisher = publisher
+    def __init__(self) -> None:
         self._ended = threading.Event()
         self._version: Version | None = None
         self._error: BaseException | None = None
         self.is_aside = threading.Event()  #: training may go on
-        if publisher is None:
-            self._ended.set()
 
     @property
     def is_done(self) -> bool:
@@ -103,6 +100,7 @@ class Publication:
         return self._version
 
     def end(self, version: Version | None, error: BaseException | None = None) -> None:
+        """There is nothing more to wait for."""
         self._version, self._error = version, error
         self._ended.set()
         self.is_aside.set()
@@ -116,7 +114,7 @@ class Publisher:
         self.versions = Versions(store)
         self._open_session = open_session
         self._session: Session | None = None
-        self._arenas: list[np.ndarray] = []  # what was pulled last, then what is pulled next
+        self._room = Room()
         self._last: Weights | None = None
         self._copies: list[tuple[Table, TableCopy]] = []  # of the job's tables, by number
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
@@ -138,7 +136,7 @@ class Publisher:
         missing = next((path for path in attach if not path.is_file()), None)
         if missing is not None:
             raise StorageError(f"Expected files to attach, got {missing}: check the path.")
-        publication = Publication(self)
+        publication = Publication()
         self._requests.put(_Request(tag, metrics, attach, keep, extra, publication))
         publication.is_aside.wait()
         return publication
@@ -177,7 +175,6 @@ class Publisher:
             arrays, dtypes=dtypes, commit=commit, metrics=request.metrics, tag=request.tag,
             attach=request.attach, base=self._last, keep=request.keep,
         )  # fmt: skip
-        self._arenas.reverse()
         self._last = Weights(version, arrays)
         return version
 
@@ -202,7 +199,7 @@ class Publisher:
                 reader.send(MakeRoom())
             for reader in readers:
                 peers.receive(reader, Done)
-            arena = self._arena(layout.wire_bytes)
+            arena = self._room.take(layout.wire_bytes)
             for i, reader in enumerate(readers):
                 part = layout.part(i, len(readers))
                 view = memoryview(arena[part.start_byte : part.start_byte + part.wire_bytes])
@@ -231,12 +228,6 @@ class Publisher:
                 changes = table.changes(self._consumer, _ROWS, state=False)
                 copy.apply(changes)
                 more = changes.more
-
-    def _arena(self, size: int) -> np.ndarray:
-        """Return memory that the version before does not lie in."""
-        if len(self._arenas) < 2:
-            self._arenas.insert(0, np.empty(size, np.uint8))
-        return self._arenas[0]
 
 
 def read_saved(path: str) -> tuple[dict[str, np.ndarray], dict[str, str], int]:

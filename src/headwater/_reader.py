@@ -32,7 +32,7 @@ from headwater._messages import (
 from headwater._peers import nearest
 from headwater._rows import batch_bytes, rows_at
 from headwater._table_copy import Found
-from headwater._transport import Address, Connection, connect, host_name, request
+from headwater._transport import Address, Connection, connect, host_name, new_identity, request
 
 _M = TypeVar("_M")
 _ROOM_BYTES = 1 << 17  # the least that is asked for: 1,000 ids of dim 16 fit
@@ -46,7 +46,7 @@ class Reader:
 
     def __init__(self, address: Address, *, token: str, transport: str, timeout_s: float) -> None:
         self._address, self._transport, self._timeout_s = address, transport, timeout_s
-        self._hello = Hello(token, "table", int.from_bytes(os.urandom(8), "little") >> 1)
+        self._hello = Hello(token, "table", new_identity())
         self._is_closed = False
         self._begin()
         with self._lock:

@@ -14,7 +14,6 @@ A reader's connection speaks as a worker's connection for tables does, of which 
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from collections import deque
@@ -50,12 +49,13 @@ from headwater._messages import (
     Stats,
     StatsGet,
 )
+from headwater._metrics import escape
 from headwater._peers import Peers
 from headwater._rows import TableSpec
 from headwater._session import Session
 from headwater._table import Answer, Rooms
 from headwater._table_copy import TableCopy
-from headwater._transport import Address, Connection, SocketConnection
+from headwater._transport import Address, Connection, SocketConnection, new_identity, process_label
 
 
 class _Observer(Session):
@@ -176,10 +176,7 @@ class Replica(Listener):
     # The job's side.
 
     def _connect(self, *, returns: bool) -> Session:
-        hello = Hello(
-            self.token, "observer", int.from_bytes(os.urandom(8), "little") >> 1,
-            label=f"{socket.gethostname()}:{os.getpid()}", returns=returns,
-        )  # fmt: skip
+        hello = Hello(self.token, "observer", new_identity(), label=process_label(), returns=returns)
         return _Observer(Peers(self._target, hello, transport="auto", timeout_s=600.0))
 
     def _follow_always(self) -> None:
@@ -421,8 +418,7 @@ def metrics_of(stats: ReplicaStats) -> str:
         lines.extend(f"headwater_replica_{name}{labels} {value:.12g}" for labels, value in samples)
 
     def labels(table: ServedTable, more: str = "") -> str:
-        name = table.name.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-        return f'{{table="{name}"{more}}}'
+        return f'{{table="{escape(table.name)}"{more}}}'
 
     add("up", "gauge", "1: it follows the job; 0: it serves what it has.", [("", float(not stats.trouble))])
     for name, (kind, says, field) in _METRICS.items():

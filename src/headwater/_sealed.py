@@ -5,7 +5,9 @@ Nothing is written in place. What was read counts once its hash has been found t
 
 from __future__ import annotations
 
+import os
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Protocol, TypeVar
@@ -208,6 +210,22 @@ def copy_file(files: Files, folder: str, file: File, target_files: Files, target
 # Texts.
 
 
+def replace_text(files: Files, folder: str, name: str, text: bytes) -> None:
+    """Put a text in the place of what has its name, at once and whole, whoever else does so at the same time. Raises StorageError."""
+    aside = f".{name}.{os.getpid()}.{threading.get_ident()}"
+    with created(files, folder, aside, is_read_soon=True) as sink:
+        sink.write(text)
+    files.rename(f"{folder}/{aside}", f"{folder}/{name}")
+    files.sync_folder(folder)
+
+
+def read_text(files: Files, folder: str, name: str) -> bytes:
+    """Return all of a file; within `reading`, which names it where that fails."""
+    raw = np.empty(files.size(f"{folder}/{name}"), np.uint8)
+    files.read_into(f"{folder}/{name}", 0, memoryview(raw))
+    return raw.tobytes()
+
+
 class _Format(msgspec.Struct):
     format: int
 
@@ -244,9 +262,7 @@ def is_sealed(files: Files, folder: str, name: str) -> bool:
 def read_sealed(files: Files, folder: str, name: str, kind: type[_L], expected: int) -> _L:
     """Return a text of this kind and format. Raises StorageError where it is missing, torn, rotten or of another format."""
     with reading(folder, name):
-        raw = np.empty(files.size(f"{folder}/{name}"), np.uint8)
-        files.read_into(f"{folder}/{name}", 0, memoryview(raw))
-        text = raw.tobytes()
+        text = read_text(files, folder, name)
         body, tail = text[: -len(_seal(b""))], text[-len(_seal(b"")) :]
         if tail != _seal(body):
             with suppress(msgspec.DecodeError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -80,6 +79,7 @@ from headwater._transport import (
     Connection,
     connect,
     host_name,
+    process_label,
     request,
 )
 from headwater.durability import Durability
@@ -167,7 +167,7 @@ class Server(Listener):
             self.address = ServerAddress(tcp, self.address.unix, self.address.host)
         follows = self._follows and self._keeper is not None and self._keeper.begin_following()
         try:
-            request(connection, Hello(self.token, "server", 0, label=_label()))
+            request(connection, Hello(self.token, "server", 0, label=process_label()))
             request(connection, Enroll(self.address, self._index, follows))
         except BaseException:
             self.drop(connection)
@@ -473,7 +473,3 @@ def _at_work(connection: Connection) -> Iterator[None]:
     finally:
         is_done.set()
         thread.join()
-
-
-def _label() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"

@@ -104,7 +104,7 @@ class Residents:
         """
         if (resident := self.acquire_version(version)) is not None:
             return resident
-        if version not in [each.id for each in self._versions.all()]:
+        if not self._versions.is_whole(version):
             raise RequestError(
                 f"Expected a version that is kept, got {version}: it was never published, or has been removed.", 404
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-import socket
 import threading
 import time
 import weakref
@@ -69,7 +68,7 @@ from headwater._publishing import Publication, Publisher
 from headwater._rows import AnyInitial, RowPolicy, TableSpec, WholeRows, spec_of
 from headwater._snapshot import Manifest
 from headwater._table_link import Link
-from headwater._transport import Address
+from headwater._transport import Address, new_identity, process_label
 from headwater._versions import KEEP
 from headwater.optim import SGD, AnyOptimizer, RowOptimizer
 
@@ -636,8 +635,9 @@ class Session:
 
     def observer(self) -> Session:
         """Return a session on the same job that only reads; another thread may use it, and closes it."""
-        identity = int.from_bytes(os.urandom(8), "little") >> 1
-        hello = msgspec.structs.replace(self._peers.hello, role="observer", identity=identity, index=-1, returns=False)
+        hello = msgspec.structs.replace(
+            self._peers.hello, role="observer", identity=new_identity(), index=-1, returns=False
+        )
         session = Session(self._peers.beside(hello))
         _open_sessions.discard(session)
         return session
@@ -661,11 +661,13 @@ class Session:
 
         Every worker may call it: the one with index 0 publishes, for the others there is nothing to do. What is written is read from the
         servers beside training; a version that this worker is still writing is waited for. `close` waits, too. What goes wrong later is
-        raised by `Publication.result`, and said. Raises SettingError for a tag or a file that cannot be.
+        raised by `Publication.result`, and said. Raises SettingError for a tag that cannot be, StorageError for a file that is not there.
         """
         self._require_open()
         if self.index > 0:
-            return Publication(None)
+            publication = Publication()
+            publication.end(None)
+            return publication
         if self._is_pending:
             self.wait()
         if self._tables is not None:
@@ -991,11 +993,11 @@ def connect_session(
     hello = Hello(
         token=token if token is not None else os.environ.get("HEADWATER_TOKEN", ""),
         role=role,
-        identity=int.from_bytes(os.urandom(8), "little") >> 1,
+        identity=new_identity(),
         index=_environment_number("HEADWATER_WORKER", -1) if role == "worker" else -1,
         workers=(_environment_number("HEADWATER_WORKERS", 0) if workers is None else workers) if text else 0,
         consistency=consistency,
-        label=f"{socket.gethostname()}:{os.getpid()}",
+        label=process_label(),
     )
     target = Address.parse(text) if text else None
     if target is not None and role == "worker":

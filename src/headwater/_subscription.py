@@ -13,11 +13,10 @@ import numpy as np
 
 from headwater import _limits
 from headwater._errors import HeadwaterError, LayoutError, SettingError, UsageError, WaitTimeoutError, debug, warn
-from headwater._files import LocalFiles
 from headwater._messages import State, StateGet
 from headwater._publishing import read_store
 from headwater._session import connect_session
-from headwater._versions import Room, Version, Versions, Weights
+from headwater._versions import Room, Version, Versions, Weights, check_nothing_left
 
 
 def subscribe(source: str | os.PathLike[str], tag: str | int = "latest", *, token: str | None = None) -> Subscription:
@@ -60,7 +59,6 @@ class Subscription:
         self._said = ""
         self._changed = threading.Condition()
         self._is_closed = False
-        self._poll_s = _limits.LOOK_TAG_S if isinstance(versions.files, LocalFiles) else _limits.LOOK_TAG_FAR_S
         self._thread = threading.Thread(target=self._follow, name="subscription", daemon=True)
         self._thread.start()
 
@@ -143,11 +141,12 @@ class Subscription:
             except HeadwaterError as error:
                 self._fail(error)
             with self._changed:
-                self._changed.wait_for(lambda: self._is_closed, self._poll_s)
+                self._changed.wait_for(lambda: self._is_closed, self.versions.look_s)
 
     def _fail(self, error: HeadwaterError) -> None:
         with self._changed:
             self.error = error
+            self._changed.notify_all()
             if str(error) == self._said:
                 return
             self._said = str(error)
@@ -180,8 +179,6 @@ def _write(arrays: MutableMapping[str, np.ndarray], weights: Weights) -> None:
             raise LayoutError(
                 f"Expected {array.dtype} {array.shape} for {name!r}, got {got} in version {weights.version.id}."
             )
-    unknown = set(weights.tensors) - set(arrays)
-    if unknown:
-        raise LayoutError(f"Expected no {min(unknown)!r}, got it in version {weights.version.id}: of another model?")
+    check_nothing_left(weights, weights.tensors.keys() - arrays.keys())
     for name, array in arrays.items():
         array[...] = weights.tensors[name]

@@ -478,6 +478,16 @@ def connect(address: Address, timeout_s: float = _limits.CONNECT_S) -> SocketCon
         pause = min(pause * 2, 0.5)
 
 
+def new_identity() -> int:
+    """Return a random number that names a process to its peers."""
+    return int.from_bytes(os.urandom(8), "little") >> 1
+
+
+def process_label() -> str:
+    """Return this process's host and number, for people."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
 def host_name() -> str:
     """Name this machine and user: processes for which it is equal can share memory."""
     with contextlib.suppress(OSError):

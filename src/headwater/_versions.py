@@ -14,9 +14,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +31,7 @@ from headwater._files import Files, LocalFiles, claim, open_files
 from headwater._layout import ALIGN_BYTES, round_up
 from headwater._sealed import (
     PIECE_BYTES,
+    Column,
     File,
     Source,
     copy_file,
@@ -40,7 +40,9 @@ from headwater._sealed import (
     header,
     is_sealed,
     read_sealed,
+    read_text,
     reading,
+    replace_text,
     size_text,
     write_sealed,
 )
@@ -132,6 +134,12 @@ class Room:
         return self._arenas[-1]
 
 
+def check_nothing_left(weights: Weights, names: Collection[str]) -> None:
+    """Refuse tensors of a version, by name, that a model has no place for. Raises LayoutError."""
+    if names:
+        raise LayoutError(f"Expected no {min(names)!r}, got it in version {weights.version.id}: of another model?")
+
+
 class Difference(NamedTuple):
     """How a tensor of one version differs from that of another."""
 
@@ -161,6 +169,11 @@ class Versions:
         self._store = self.path if isinstance(self.files, LocalFiles) else os.fspath(store)
         self._known: dict[int, Version] = {}
 
+    @property
+    def look_s(self) -> float:
+        """Seconds from one look at a tag to the next that are no burden for the store."""
+        return _limits.LOOK_TAG_S if isinstance(self.files, LocalFiles) else _limits.LOOK_TAG_FAR_S
+
     def all(self) -> list[Version]:
         """Return all versions, oldest first; those that cannot be read are left out, and `get` says why."""
         found = []
@@ -173,7 +186,7 @@ class Versions:
         """Return what a version is. Raises StorageError when it is gone, half written or rotten."""
         folder = self.folder(number)
         if number not in self._known:
-            if not is_sealed(self.files, folder, MANIFEST):
+            if not self.is_whole(number):
                 raise StorageError(
                     f"Expected version {number} in {self.path}, got none that is whole: `headwater versions` lists them."
                 )
@@ -183,16 +196,17 @@ class Versions:
             self._known[number] = version
         return self._known[number]
 
+    def is_whole(self, number: int) -> bool:
+        """Whether a version is there, and so, if nothing has rotted, all of it."""
+        return is_sealed(self.files, self.folder(number), MANIFEST)
+
     def folder(self, number: int) -> str:
         """Return where a version lies, in the store's files."""
         return f"{self.path}/version-{number:09d}"
 
     def newest(self) -> int | None:
         """Return the number of the newest version that is whole; None: there is none."""
-        for number in reversed(self._numbers()):
-            if is_sealed(self.files, self.folder(number), MANIFEST):
-                return number
-        return None
+        return next(filter(self.is_whole, reversed(self._numbers())), None)
 
     def _numbers(self) -> list[int]:
         """Return the numbers of all versions, half-written ones included."""
@@ -234,9 +248,7 @@ class Versions:
                 f"Expected one of the tags {known} in {self.path}, got {name!r}: `headwater tag` makes one."
             )
         with reading(path, name):
-            raw = np.empty(self.files.size(f"{path}/{name}"), np.uint8)
-            self.files.read_into(f"{path}/{name}", 0, memoryview(raw))
-            return msgspec.json.decode(raw.tobytes(), type=_Tag).version
+            return msgspec.json.decode(read_text(self.files, path, name), type=_Tag).version
 
     def tag(self, name: str, which: int | str) -> int:
         """Let a tag point at a version, at once and whole; returns its number. Raises StorageError where that version is not whole."""
@@ -244,11 +256,7 @@ class Versions:
         if name == LATEST:
             raise SettingError(f"Expected a tag other than {LATEST!r}, which is always the newest version.")
         number = self.get(self.resolve(which)).id
-        folder, aside = f"{self.path}/tags", f".{name}.{os.getpid()}.{threading.get_ident()}"
-        with created(self.files, folder, aside, is_read_soon=True) as sink:
-            sink.write(msgspec.json.encode(_Tag(number)) + b"\n")
-        self.files.rename(f"{folder}/{aside}", f"{folder}/{name}")
-        self.files.sync_folder(folder)
+        replace_text(self.files, f"{self.path}/tags", name, msgspec.json.encode(_Tag(number)) + b"\n")
         return number
 
     def untag(self, name: str) -> None:
@@ -330,19 +338,20 @@ class Versions:
         before = {tensor.name: tensor for tensor in base.version.tensors}
         total = sum(tensor.bytes for tensor in entries)
         alike = {t.name for t in entries if t.name in before and _is_alike(t, before[t.name])}
-        changed = [t for t in entries if t.name not in before or before[t.name].xxh3 != t.xxh3 or t.name not in alike]
-        if base.version.chain >= CHAIN or not is_sealed(self.files, self.folder(base.version.id), MANIFEST):
+        same = {t.name for t in entries if t.name in alike and before[t.name].xxh3 == t.xxh3}
+        if base.version.chain >= CHAIN or not self.is_whole(base.version.id):
             return None
         guess = sum(
-            _delta.estimate(base.tensors[t.name], arrays[t.name]) if t.name in alike else t.bytes for t in changed
+            _delta.estimate(base.tensors[t.name], arrays[t.name]) if t.name in alike else t.bytes
+            for t in entries
+            if t.name not in same
         )
         if guess > total * _WORTH:
             return None
         found, packed = [], dict[str, bytes | np.ndarray]()
-        unchanged = {t.name for t in entries} - {t.name for t in changed}
         for t in entries:
             form = "same"
-            if t.name not in unchanged:
+            if t.name not in same:
                 coded = _delta.encode(base.tensors[t.name], arrays[t.name]) if t.name in alike else None
                 form, packed[t.name] = coded or ("whole", arrays[t.name])
             found.append(msgspec.structs.replace(t, form=form))
@@ -383,8 +392,8 @@ class Versions:
             return self._prune(keep)
 
     def _prune(self, keep: int) -> list[int]:
-        newest = self.newest()
-        whole = {number for number in self._numbers() if is_sealed(self.files, self.folder(number), MANIFEST)}
+        numbers = self._numbers()
+        whole = set(filter(self.is_whole, numbers))
         wanted = {*sorted(whole)[-max(keep, 1) :], *self.tags().values()}
         waiting = list(wanted & whole)
         while waiting:
@@ -394,7 +403,9 @@ class Versions:
             )
             waiting += [number for number in needs & whole if number not in wanted]
             wanted |= needs
-        gone = [n for n in self._numbers() if n not in wanted and (n in whole or (newest is not None and n < newest))]
+        gone = [
+            n for n in numbers if n not in wanted and n <= max(whole, default=-1)
+        ]  # a newer one may be about to be written
         for number in gone:
             folder = self.folder(number)
             if number in whole:
@@ -459,7 +470,7 @@ class Versions:
             source.fill(raw)
             source.finish()
             start = 8 + int(raw[:8].view("<u8")[0])
-            columns = msgspec.json.decode(raw[8:start].tobytes(), type=dict[str, _Span])
+            columns = msgspec.json.decode(raw[8:start].tobytes(), type=dict[str, Column])
             found = {}
             for tensor in version.tensors:
                 found[tensor.name] = array = np.empty(tensor.shape, array_dtype(tensor.dtype))
@@ -571,10 +582,6 @@ def describe_differences(versions: Versions, one: int | str, other: int | str) -
 
 class _Tag(msgspec.Struct):
     version: int
-
-
-class _Span(msgspec.Struct):
-    data_offsets: tuple[int, int] = (0, 0)
 
 
 def check_tag(name: str) -> None:

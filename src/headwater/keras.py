@@ -28,7 +28,7 @@ from headwater._layout import AVERAGED, TensorSpec
 from headwater._plan import pack_absent
 from headwater._sealed import natural
 from headwater._session import Session, Start, connect_session
-from headwater._versions import Weights, as_float
+from headwater._versions import Weights, as_float, check_nothing_left
 
 try:
     import keras
@@ -518,9 +518,7 @@ def load_weights(model: keras.Model, weights: Weights) -> None:
             got = "none" if array is None else f"one of shape {array.shape}"
             raise LayoutError(f"Expected {variable.path!r} of shape {shape}, got {got} in version {version.id}.")
         ready.append((variable, as_float(array, version.dtypes[name]) if is_float else array))
-    unknown = set(weights.tensors) - set(names.values())
-    if unknown:
-        raise LayoutError(f"Expected no {min(unknown)!r}, got it in version {version.id}: of another model?")
+    check_nothing_left(weights, weights.tensors.keys() - set(names.values()))
     for variable, value in ready:
         variable.assign(value)
 

@@ -24,7 +24,7 @@ from headwater._plan import pack_absent
 from headwater._session import Session, connect_session
 from headwater._table_copy import TableCopy
 from headwater._torch_embedding import Embedding, EmbeddingBag
-from headwater._versions import Weights
+from headwater._versions import Weights, check_nothing_left
 
 __all__ = ["Embedding", "EmbeddingBag", "Optimizer", "load_weights"]
 
@@ -400,8 +400,7 @@ def load_weights(module: torch.nn.Module, weights: Weights) -> None:
         held = held.view(torch.bfloat16) if dtypes[name] == "bfloat16" else held
         ready.append((tensor, held.to(device=tensor.device, dtype=tensor.dtype)))
         left -= set(names[key])
-    if left:
-        raise LayoutError(f"Expected no {min(left)!r}, got it in version {weights.version.id}: of another model?")
+    check_nothing_left(weights, left)
     for name, copy in copies.items():
         copy.replace(weights.tensors[f"tables/{name}/ids"], weights.tensors[f"tables/{name}/values"])
     for tensor, held in ready:
