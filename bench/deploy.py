@@ -14,7 +14,7 @@ import numpy as np
 
 import headwater as hw
 from bench.core import Answer, start_server
-from bench.harness import Fleet, Process, Step, spread
+from bench.harness import Fleet, Step, spread
 from bench.ours import connect
 from bench.report import Check
 
@@ -33,10 +33,13 @@ def publishing(fleet: Fleet) -> Answer:
     subscriber.ready()
     found: dict[str, list[float]] = {name: [] for name in ("call", "stall", "lost", "held", "copied")}
     for _ in range(ROUNDS + 1):
-        published, (held_s,) = _both(worker, subscriber)
-        copied_s = _copy(Path(store), Path(fleet.folder, "copy"))
-        for name, value in {**published, "held": held_s - published.pop("at"), "copied": copied_s}.items():
-            found.setdefault(name, []).append(value)
+        subscriber.begin(1)
+        worker.begin(1)
+        seconds: dict[str, float] = worker.answer().values[0]
+        seconds["held"] = subscriber.answer().values[0] - seconds.pop("at")
+        seconds["copied"] = _copy(Path(store), Path(fleet.folder, "copy"))
+        for name, value in seconds.items():
+            found[name].append(value)
     for values in found.values():
         values[:] = values[1:]  # the first makes room
     for name in ("call", "stall", "lost", "held", "copied"):
@@ -54,13 +57,6 @@ def publishing(fleet: Fleet) -> Answer:
         "s of cp and fsync": median(found["copied"]),
     }
     return checks, beside
-
-
-def _both(worker: Process, subscriber: Process) -> tuple[dict[str, float], tuple[float]]:
-    subscriber.begin(1)
-    worker.begin(1)
-    published: dict[str, float] = worker.answer().values[0]
-    return published, (subscriber.answer().values[0],)
 
 
 def _copy(store: Path, target: Path) -> float:

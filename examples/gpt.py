@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -128,7 +128,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, tokens: Tensor) -> float:
 
 
 @torch.no_grad()
-def sample(model: nn.Module, tokenizer: Tokenizer, prompt: str, length: int, seed: int = 0) -> str:
+def sample(model: Callable[[Tensor], Tensor], tokenizer: Tokenizer, prompt: str, length: int, seed: int = 0) -> str:
     """Continue the prompt by `length` characters."""
     generator = torch.Generator().manual_seed(seed)
     tokens, written = tokenizer.encode(prompt), ""

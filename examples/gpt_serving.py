@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
-from gpt import CONTEXT, GPT, TEMPERATURE
+from gpt import CONTEXT, GPT, sample
 from text import Tokenizer
 from torch import Tensor
 
@@ -47,9 +47,9 @@ class Client:
         self._connection = HTTPConnection(urlsplit(url).netloc, timeout=30)
         self.answers = Counter[str]()
 
-    def ask(self, tokens: Tensor) -> Tensor:
-        """Return the logits of the next token. Raises OSError or ValueError when the server does not answer well."""
-        context = tokens[-CONTEXT:].tolist()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Return the logits of the next token, (1, 1, vocabulary); tokens: (1, time). Raises OSError or ValueError on a bad answer."""
+        context = tokens[0].tolist()
         asked = {"name": "tokens", "datatype": "INT64", "shape": [1, len(context)], "data": context}
         self._connection.request("POST", "/v2/models/gpt_serving/infer", json.dumps({"inputs": [asked]}))
         answer = self._connection.getresponse()
@@ -57,23 +57,12 @@ class Client:
         if answer.status != 200:
             raise ValueError(f"{answer.status}: {body.get('error')}")
         self.answers[body["model_version"]] += 1
-        return torch.tensor(body["outputs"][0]["data"])
-
-    def write(self, tokenizer: Tokenizer, length: int, seed: int = 0) -> str:
-        """Let the served model continue the prompt by `length` characters."""
-        generator = torch.Generator().manual_seed(seed)
-        tokens, written = tokenizer.encode(PROMPT), ""
-        while len(written) < length:
-            chances = torch.softmax(self.ask(tokens)[: len(tokenizer.pieces)] / TEMPERATURE, dim=0)
-            chances[chances < 0.05 * chances.max()] = 0.0
-            tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=generator)])
-            written = tokenizer.decode(tokens)[len(PROMPT) :]
-        return PROMPT + written[:length]
+        return torch.tensor(body["outputs"][0]["data"])[None, None]
 
 
 def swap(url: str, versions: hw.Versions, tag: str, number: int) -> tuple[float, Counter[str]]:
     """Move the tag while requests are sent one after another; returns the seconds until the new version answers, and who has answered."""
-    client, tokens = Client(url), torch.zeros(CONTEXT, dtype=torch.int64)
+    client, tokens = Client(url), torch.zeros(1, CONTEXT, dtype=torch.int64)
     moved_s: list[float] = []
 
     def move() -> None:
@@ -83,10 +72,10 @@ def swap(url: str, versions: hw.Versions, tag: str, number: int) -> tuple[float,
     mover = threading.Timer(0.3, move)
     mover.start()
     while not client.answers[str(number)]:
-        client.ask(tokens)
+        client(tokens)
     taken_s = time.perf_counter() - moved_s[0]
     for _ in range(20):
-        client.ask(tokens)
+        client(tokens)
     return taken_s, client.answers
 
 
@@ -108,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     held = next(held for held in first.attached if held.name == "tokenizer.json")
     tokenizer = Tokenizer(json.loads(Path(versions.folder(held.version), held.name).read_text()))
     print(
-        f"{options.tag} is {describe(first)}. Over HTTP it writes:\n\n{client.write(tokenizer, options.characters)}\n"
+        f"{options.tag} is {describe(first)}. Over HTTP it writes:\n\n{sample(client, tokenizer, PROMPT, options.characters)}\n"
     )
     if options.next is not None and versions.resolve(options.next) != first.id:
         second = versions.get(versions.resolve(options.next))
@@ -116,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         counts = ", ".join(f"{count} by version {each}" for each, count in sorted(answers.items()))
         print(f"Now {options.tag} is {describe(second)}: it answers after {seconds:.2f} s.")
         print(f"Of {answers.total()} requests meanwhile none failed ({counts}). It writes:\n")
-        print(client.write(tokenizer, options.characters), end="\n\n")
+        print(sample(client, tokenizer, PROMPT, options.characters), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from jobs import TOKEN, Arrays, start_job
+from jobs import PATIENCE_S, TOKEN, Arrays, start_job
 
 import headwater as hw
 from headwater import _subscription, errors
@@ -209,6 +209,11 @@ def test_a_model_that_does_not_fit_stays_as_it_was(tmp_path: Path) -> None:
         _subscription.load_weights(3, versions.load(1))
 
 
+def wait_for(subscription: hw.Subscription, condition: Callable[[], bool]) -> None:
+    with subscription._changed:
+        assert subscription._changed.wait_for(condition, PATIENCE_S)
+
+
 def test_a_subscriber_gets_each_version_and_keeps_the_old_one_on_any_error(tmp_path: Path) -> None:
     model = torch.nn.Linear(3, 2)
 
@@ -225,20 +230,17 @@ def test_a_subscriber_gets_each_version_and_keeps_the_old_one_on_any_error(tmp_p
         assert subscription.current is not None
         assert (subscription.current.id, float(model.bias[0].detach())) == (1, 1.0)
         path = tmp_path / "version-000000002" / "model.safetensors"
-        rotten = threading.Event()
         versions = subscription.versions
         publish_rotten = Versions(tmp_path)
         publish_rotten.publish({"weight": np.zeros((2, 3), np.float32), "bias": np.zeros(2, np.float32)})
         path.write_bytes(path.read_bytes()[:-1] + b"\1")
         versions.tag("prod", 2)
-        while subscription.error is None:
-            rotten.wait(0.005)
+        wait_for(subscription, lambda: subscription.error is not None)
         assert "version-000000002/model.safetensors" in str(subscription.error)
         assert subscription.apply(model) is None
         assert float(model.bias[0].detach()) == 1.0
         publish(3.0, columns=4)
-        while subscription._ready is None:
-            rotten.wait(0.005)
+        wait_for(subscription, lambda: subscription._ready is not None)
         assert subscription.apply(model) is None
         assert isinstance(subscription.error, errors.LayoutError)
         assert float(model.bias[0].detach()) == 1.0

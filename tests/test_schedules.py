@@ -148,20 +148,25 @@ class Job:
         self.burn(process)
 
         def run() -> None:
-            try:
-                self.apart = server = Server.__new__(Server)
-                server.__init__(  # type: ignore[misc]
-                    self.first, token=TOKEN, threads=1, durability=self.durability, store=STORE, resumes=resumes,
-                    servers=self.count, workers=self.workers, consistency=self.consistency, is_apart=True,
-                )  # fmt: skip
-            except HeadwaterError as error:
-                world.say(f"the coordinator does not start: {error}")
-                world.kill(process)
-                return
-            server.stopped.wait()
-            world.kill(process)
+            self.apart = server = Server.__new__(Server)
+            self.serve(
+                process, "the coordinator", server, self.first, resumes=resumes,
+                servers=self.count, workers=self.workers, consistency=self.consistency, is_apart=True,
+            )  # fmt: skip
 
         world.spawn(process, run, "main")
+
+    def serve(self, process: Process, name: str, server: Server, address: Address, **options: Any) -> None:
+        """Be a server's process to its end; `server` is not made yet, but can be looked at meanwhile."""
+        try:
+            server.__init__(  # type: ignore[misc]
+                address, token=TOKEN, threads=1, durability=self.durability, store=STORE, **options
+            )
+        except HeadwaterError as error:
+            self.world.say(f"{name} does not start: {error}")
+        else:
+            server.stopped.wait()
+        self.world.kill(process)
 
     def apart_ended(self, process: Process) -> None:
         if self.apart_process is process:
@@ -179,23 +184,13 @@ class Job:
         self.burn(process)
 
         def run() -> None:
-            common: dict[str, Any] = {
-                "token": TOKEN, "threads": 1, "durability": self.durability, "store": STORE, "index": i % self.count,
-                "resumes": resumes,
-            }  # fmt: skip
+            common: dict[str, Any] = {"index": i % self.count, "resumes": resumes}
             if i or self.is_replicated:
                 common.update(join=self.first, follows=follows)
             else:
                 common.update(servers=self.count, workers=self.workers, consistency=self.consistency)
-            try:
-                self.servers[i] = server = Server.__new__(Server)  # which is looked at while it is made
-                server.__init__(Address("tcp", "server", i), **common)  # type: ignore[misc]
-            except HeadwaterError as error:
-                world.say(f"server {i} does not start: {error}")
-                world.kill(process)
-                return
-            server.stopped.wait()
-            world.kill(process)
+            self.servers[i] = server = Server.__new__(Server)
+            self.serve(process, f"server {i}", server, Address("tcp", "server", i), **common)
 
         world.spawn(process, run, "main")
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,12 +93,17 @@ def version_of(result: triton.InferResult) -> int:
     return version
 
 
-def wait_until_ready(process: Process) -> None:
+def wait_until(asking: Any, *, is_ready: bool) -> None:
+    """Ask until it says so: nothing tells a client when a server's answer will be another."""
     deadline = time.monotonic() + PATIENCE_S
+    while asking.is_server_ready() is not is_ready:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def wait_until_ready(process: Process) -> None:
     with client(process.address) as asking:
-        while not asking.is_server_ready():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(asking, is_ready=True)
 
 
 @pytest.mark.slow
@@ -136,8 +142,7 @@ def test_triton_client_speaks_to_it_and_bad_clients_do_not_harm_it(tmp_path: Pat
             )
             asking.is_server_live()
             server.send(signal.SIGTERM)
-            while asking.is_server_ready():
-                time.sleep(0.01)
+            wait_until(asking, is_ready=False)
             sock.sendall(served.request())
             assert sock.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
         assert server.popen.wait(PATIENCE_S) == 0
