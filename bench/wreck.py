@@ -6,6 +6,7 @@ The servers are `headwater server` processes, killed by SIGKILL. A worker works 
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import sys
@@ -21,6 +22,7 @@ import numpy as np
 
 import headwater as hw
 from bench.harness import BenchError, Fleet, Process, Step, end_command, read_line
+from headwater._session import connect_session
 
 STUCK_S = 30.0  # without any step: the job hangs
 LOOK_S = 0.0005  # between looks at the page
@@ -78,36 +80,61 @@ class Page:
 
 
 class Servers:
-    """The servers of a durable job, and its store on a disk; both are gone when the block ends. durability: as `--durability` takes it."""
+    """The servers of a durable job, and its store on a disk; both are gone when the block ends. durability: as `--durability` takes it.
+
+    Of a replicated job the coordinator has a process of its own; server i and its follower are processes i and i + count, in either order.
+    """
 
     def __init__(self, fleet: Fleet, count: int, durability: str, workers: int, consistency: str = "bsp") -> None:
         self._fleet, self.count, self._durability = fleet, count, durability
         self._first = ["--workers", str(workers), "--servers", str(count), "--consistency", consistency]
+        self.is_replicated = durability.startswith("replicated")
         self.store = tempfile.mkdtemp(prefix="headwater-bench-", dir="/var/tmp")
         self._sockets = tempfile.mkdtemp(dir=fleet.folder)
-        self.address = f"unix://{self._sockets}/0"
+        self.address = f"unix://{self._sockets}/{'coordinator' if self.is_replicated else 0}"
         self._children: list[Popen[str]] = []
+        self._coordinator: Popen[str] | None = None
+        self._observer: hw.Session | None = None
+        self.leaders = list(range(count))  # the process that is server i at the moment
 
     def __enter__(self) -> Servers:
-        self._children = [self._start(i) for i in range(self.count)]
+        if self.is_replicated:
+            self._coordinator = self._command("coordinator", [*self._first, *self._kept(0), "--coordinator"])
+        self._children = [self._start(i) for i in range(self.count * (1 + self.is_replicated))]
+        if self.is_replicated:
+            self._observer = connect_session(self.address, role="observer")
         return self
 
     def _start(self, i: int, *, resumes: bool = False) -> Popen[str]:
-        words = [str(Path(sys.executable).with_name("headwater")), "server", "--listen", f"unix://{self._sockets}/{i}"]
-        words += ["--join", self.address] if i else self._first
-        if self._durability:
-            words += ["--durability", self._durability, "--store", self.store, "--index", str(i)]
-            words += ["--resume"] if resumes else []
+        words = ["--join", self.address] if i or self.is_replicated else self._first
+        words = words + (self._kept(i % self.count) if self._durability else [])
+        words += ["--resume"] if resumes and self._durability else []
+        words += ["--follow"] if i >= self.count or (resumes and self.is_replicated) else []
         threads = max(1, len(os.sched_getaffinity(0)) // self.count)
+        return self._command(str(i), [*words, "--threads", str(threads)])
+
+    def _kept(self, index: int) -> list[str]:
+        return ["--durability", self._durability, "--store", self.store, "--index", str(index)]
+
+    def _command(self, name: str, words: list[str]) -> Popen[str]:
+        words = ["server", "--listen", f"unix://{self._sockets}/{name}", *words, "--stop-with-input"]
         environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
-        child = self._fleet.command([*words, "--threads", str(threads), "--stop-with-input"], environment)
+        child = self._fleet.command([str(Path(sys.executable).with_name("headwater")), *words], environment)
         line = read_line(child)
         if "listening on" not in line:
             raise BenchError(f"expected `headwater server` to say where it listens, got {line!r}")
         return child
 
+    def wait_whole(self) -> None:
+        """Wait until every server of a replicated job has its follower. Raises BenchError when one does not come."""
+        deadline = time.monotonic() + STUCK_S
+        while self._observer is not None and self._observer.stats().followers < self.count:
+            if time.monotonic() > deadline:
+                raise BenchError(f"expected every server to have a follower within {STUCK_S:.0f} s")
+            time.sleep(0.01)
+
     def kill(self, *victims: int) -> float:
-        """Kill servers at once and start them again; returns when they were killed."""
+        """Kill servers' processes at once and start them again; returns when they were killed."""
         when = time.monotonic()
         for i in victims:
             if self._children[i].poll() is not None:
@@ -116,9 +143,16 @@ class Servers:
         for i in victims:
             end_command(self._children[i])
             Path(self._sockets, str(i)).unlink()
+            if self.is_replicated and self.leaders[i % self.count] == i:
+                self.leaders[i % self.count] = (i + self.count) % (2 * self.count)
         for i in victims:
             self._children[i] = self._start(i, resumes=True)
         return when
+
+    def choose(self, chance: random.Random) -> list[int]:
+        """Draw who is to be killed: one server's process, or one of each."""
+        servers = chance.choice([[i] for i in range(self.count)] + [list(range(self.count))])
+        return [i + self.count * (self.is_replicated and chance.random() < 0.5) for i in servers]
 
     def pid(self, i: int) -> int:
         return self._children[i].pid
@@ -126,8 +160,14 @@ class Servers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for child in self._children:
-            end_command(child)
+        if self._observer is not None:
+            self._observer.close()
+        for child in [
+            self._coordinator,
+            *self._children,
+        ]:  # the coordinator first: the ends of servers are no losses then
+            if child is not None:
+                end_command(child)
         shutil.rmtree(self.store, ignore_errors=True)
 
 
@@ -240,8 +280,8 @@ def resting_worker(address: str, path: str, workers: int, parameters: int, rest_
     return live
 
 
-def half_resting_worker(address: str, workers: int, parameters: int) -> Step:
-    """Return a step of Adam that sleeps for as long as it takes."""
+def half_resting_worker(address: str, workers: int, parameters: int, rest_s: float = 0.0) -> Step:
+    """Return a step of Adam that sleeps, too; for as long as it takes, unless it is said how long."""
     session = hw.connect(address, workers=workers)
     session.register({"weights": np.full(parameters, 0.5, np.float32)}, hw.optim.Adam(lr=1e-3))
     session.gradients["weights"].fill(1e-3)
@@ -249,7 +289,7 @@ def half_resting_worker(address: str, workers: int, parameters: int) -> Step:
     start = time.perf_counter()
     for _ in range(3):
         session.step()
-    rest_s = (time.perf_counter() - start) / 3
+    rest_s = rest_s or (time.perf_counter() - start) / 3
 
     def step() -> None:
         time.sleep(rest_s)

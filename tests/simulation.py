@@ -406,9 +406,13 @@ class Condition(Lock):
         self._depth = depth
         return was_woken
 
-    def wait_for(self, is_so: Callable[[], bool]) -> bool:
+    def wait_for(self, is_so: Callable[[], bool], timeout: float | None = None) -> bool:
+        deadline = None if timeout is None else self._world.now + timeout
         while not is_so():
-            self.wait()
+            left = None if deadline is None else deadline - self._world.now
+            if left is not None and left <= 0:
+                return False
+            self.wait(left)
         return True
 
     def notify_all(self) -> None:

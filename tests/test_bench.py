@@ -202,11 +202,12 @@ def test_a_crew_is_killed_and_comes_back_and_leaves_nothing_behind(monkeypatch: 
     assert 0.0 < durability.rate(seen) < 150.0  # of three that never die
 
 
-def test_updates_are_counted_under_servers_that_are_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept", ["log:3", "replicated:3"])
+def test_updates_are_counted_under_servers_that_are_killed(kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADWATER_TOKEN", "bench")
     tally = durability.Tally()
     with harness.Fleet() as fleet:
-        updates, wrong = durability.count_updates(fleet, random.Random(1), tally, "bsp", 2, 2)
+        updates, wrong = durability.count_updates(fleet, random.Random(1), tally, kept, "bsp", 2, 2)
     assert (wrong, tally.kills) == (0, 2)
     assert updates > 3 * durability.ENDS_AFTER
 

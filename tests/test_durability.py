@@ -274,6 +274,53 @@ def test_a_follower_gives_up_what_another_server_lacked(
         assert_equal_bits(read_all(session), undisturbed(3, optimizer))
 
 
+@counts
+@transports
+def test_a_worker_that_comes_back_when_others_have_gone_on_reads_what_there_is(
+    tmp_path: Path, servers: int, transport: str
+) -> None:
+    """Whichever of the servers' sides is the state by then."""
+    with (
+        cluster_of(
+            tmp_path, durability.log(0), servers=servers, workers=2, transport=transport, consistency=hw.asp()
+        ) as cluster,
+        cluster.connect() as first,
+        cluster.connect() as second,
+    ):
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda session: register(session, hw.optim.SGD(lr=1.0)), (first, second)))
+        for steps in (1, 2, 3):
+            cluster.restart(0)
+            for step in range(steps):
+                first.step(gradient(step))
+            assert_equal_bits(second.pull(), first.pull())
+            second.step(gradient(0))
+            assert_equal_bits(second.pull(), first.pull())
+
+
+@transports
+@pytest.mark.parametrize("is_joining", [True, False], ids=["joining", "there"])
+def test_a_follower_that_died_makes_room_for_the_next(tmp_path: Path, transport: str, is_joining: bool) -> None:
+    """Also where it waits for there to be something to follow, and where nobody has noticed its death."""
+    with (
+        cluster_of(tmp_path, durability.replicated(1, 0), transport=transport) as cluster,
+        cluster.connect() as session,
+    ):
+        if not is_joining:
+            register(session, hw.optim.SGD(lr=1.0))
+            session.step(gradient(0))
+        assert session.stats().followers == (not is_joining)
+        for _ in range(3):
+            cluster.followers[0].close()
+            cluster.followers[0] = cluster.start_follower(0)
+        if is_joining:
+            register(session, hw.optim.SGD(lr=1.0))
+        session.step(gradient(1))
+        deadline = time.monotonic() + PATIENCE_S
+        while not session.stats().followers:
+            assert time.monotonic() < deadline
+
+
 def row_gradients(step: int, worker: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     rng = np.random.default_rng([step, worker, 7])
     return rng.integers(0, 500, 64), rng.integers(-3, 4, (64, 4)).astype(np.float32)

@@ -136,6 +136,11 @@ class _Server:
         self.address, self.connections = address, connections
         self.connection = connections[0] if connections else None
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has died, which nobody may have noticed yet."""
+        return any(each.has_ended for each in self.connections)
+
 
 class Coordinator:
     """The job. It can be shared between threads."""
@@ -159,7 +164,7 @@ class Coordinator:
         self._followers: dict[int, _Server] = {}  # by the index of whom they follow; those that have its state
         self._structure_s = 0.0
         self._structure = 0  # rises when there is something new to register or declare
-        self._joining: set[int] = set()  # indices whose followers have not
+        self._joining: dict[int, _Server] = {}  # those that have not
         self._is_ready = False  # every server is there, at the same commit
         self._generation = 0  # rises when a server is lost
         self._layout: Layout | None = None
@@ -201,8 +206,9 @@ class Coordinator:
         with self._changed:
             if follows and 0 <= index < self._server_count:
                 self._await_leader(index)
+                self._await_joining(index)
             before = self._servers[index] if 0 <= index < self._server_count else None
-            if before is not None and any(each.has_ended for each in before.connections):
+            if before is not None and before.has_ended:
                 self.lose_server(index)  # which shows later otherwise
             free = [i for i, server in enumerate(self._servers) if server is None]
             if follows and connections and 0 <= index < self._server_count and index not in free:
@@ -231,6 +237,14 @@ class Coordinator:
             if left_s <= 0:
                 return
             self._changed.wait(left_s)
+
+    def _await_joining(self, index: int) -> None:
+        """Whoever is becoming the follower, or is it, may be what this one was before it died: that shows now, or when it is said."""
+        self._changed.notify_all()
+        self._changed.wait_for(lambda: index not in self._joining, _limits.RETURN_S)
+        follower = self._followers.get(index)
+        if follower is not None and follower.has_ended:
+            self.lose_follower(index)
 
     def lose_server(self, index: int, connection: Connection | None = None) -> None:
         """A server has died. Everybody is told; where the job is durable it goes on when the server is back.
@@ -269,7 +283,7 @@ class Coordinator:
         """Bring a follower to the state of its server, beside training; from then on it has each commit before it is acknowledged."""
         if index in self._followers or index in self._joining or self._keep is None:
             raise SettingError(f"Expected server {index} to have no follower, got another one.")
-        self._joining.add(index)
+        self._joining[index] = follower
         threading.Thread(
             target=self._join_follower, args=(index, follower, self._keep), name="follower", daemon=True
         ).start()
@@ -280,7 +294,13 @@ class Coordinator:
         generation = self._generation
         try:
             with self._changed:  # before that there is nothing to follow
-                self._wait(lambda: self._is_ready and self._is_initialised and not self._settling, list, lambda _: None)
+                self._wait(
+                    lambda: (self._is_ready and self._is_initialised and not self._settling) or follower.has_ended,
+                    list,
+                    lambda _: None,
+                )
+                if follower.has_ended:
+                    raise PeerLostError("Expected the follower to live, got its end.")
                 generation, structure = self._generation, self._structure
             taken = keep.take(self, lambda i: FeedTo(follower.address) if i == index else SnapshotGet())
             connection.send(Restore(taken.path.rpartition("/")[2], taken.commit, index, self._server_count))
@@ -288,8 +308,8 @@ class Coordinator:
             if isinstance(answer, Failed):
                 raise answer.exception()
             with self._changed:
-                if (generation, structure) != (self._generation, self._structure):
-                    raise PeerLostError("Expected the job to stay as it is while a follower joins, got another.")
+                if (generation, structure) != (self._generation, self._structure) or follower.has_ended:
+                    raise PeerLostError("Expected follower and job to stay as they are while it joins, got others.")
                 self._followers[index] = follower
                 self._changed.notify_all()
         except HeadwaterError as error:
@@ -299,7 +319,8 @@ class Coordinator:
                 each.close()
         finally:
             with self._changed:
-                self._joining.discard(index)
+                del self._joining[index]
+                self._changed.notify_all()
 
     def _await_followers(self, tell: Tell) -> None:
         """Where the job is replicated, let nobody train before every server has a follower; but not for long."""
@@ -316,12 +337,13 @@ class Coordinator:
     def lose_follower(self, index: int, connection: Connection | None = None) -> bool:
         """A follower has died, or has not got all; it may come again. Returns whether there was one, and this."""
         with self._changed:
-            follower = self._followers.get(index)
+            follower = self._followers.get(index) or self._joining.get(index)
             if follower is None or (connection is not None and follower.connection is not connection):
                 return False
-            del self._followers[index]
+            self._followers.pop(index, None)
             for each in follower.connections:
                 each.close()
+            self._changed.notify_all()
             return True
 
     def _drop_followers(self) -> None:
@@ -1257,7 +1279,7 @@ class Coordinator:
             return Stats(
                 self._commit, time.monotonic() - self._start_s, self._layout.parameters if self._layout else 0,
                 pushes * size, pushes * size, self._refused, policy.consistency, self._server_count, tuple(rows),
-                tuple(self._tables),
+                tuple(self._tables), len(self._followers),
             )  # fmt: skip
 
     def live_workers(self) -> int:

@@ -87,7 +87,8 @@ class DenseLink:
             (link,) = self._links
             link.connection.send(Pull(own=True))
             side = self._peers.receive(link.connection, Pulled)[0].side
-        self._known, self._places = 0, {side: self.side, self.side: side}
+        self._known = 0
+        self._places = {side: self.side, self.side: side} if self.reads_in_place else {}  # else there is one set
         self._add_sides(sides)
         if self.reads_in_place:
             self.turn(side)

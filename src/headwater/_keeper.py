@@ -503,7 +503,7 @@ class Feed:
     def to(cls, address: ServerAddress, token: str, lose: Callable[[], None]) -> Feed:
         """Connect to a follower. lose: says that it is one no more. Raises UnreachableError, WaitTimeoutError."""
         near = address.host == host_name() and address.unix
-        connection = connect(Address.parse(near or address.tcp))
+        connection = connect(Address.parse(near or address.tcp), 0.0)  # it listens, or has died
         try:
             connection.set_timeout(_limits.FOLLOWER_S)
             request(connection, Hello(token, "leader", 0))

@@ -471,6 +471,7 @@ class Stats(Message, frozen=True, tag=True):
     servers: int
     workers: tuple[WorkerStats, ...]
     tables: tuple[TableSpec, ...] = ()  # by number
+    followers: int = 0  # of a replicated job's servers: how many have one that holds all that is acknowledged
 
 
 class LeaseTake(Message, frozen=True, tag=True):
