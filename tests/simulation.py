@@ -85,7 +85,7 @@ class World:
     """Everything there is while one schedule runs. Use it as a context manager: then headwater's modules live in it."""
 
     def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
+        self.seed, self.random = seed, random.Random(seed)
         self.now = 0.0
         self.switching = self.random.choice((0.02, 0.1, 0.3))  # how often somebody else's turn comes without need
         self.hub = greenlet.getcurrent()
@@ -322,6 +322,9 @@ class World:
         replaced += [(_server.Server, "_listen", lambda server, at: self._listen(server, at))]  # noqa: PLW0108
         replaced += [(_peers.Peers, "_start_beat", lambda peers, at: self._beat(peers, at))]  # noqa: PLW0108
         replaced += [(_limits, "BEAT_LIMIT_S", None)]  # who dies closes its connections
+        replaced += (
+            [(_limits, "PIECE_BYTES", 1)] if self.seed % 2 else []
+        )  # a follower then applies every record in a thread
         for module, name, value in replaced:
             stack.enter_context(mock.patch.object(module, name, value))
         logger = logging.getLogger("headwater")

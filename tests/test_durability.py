@@ -17,7 +17,7 @@ import pytest
 from jobs import PATIENCE_S, TOKEN, assert_equal_bits, read_all
 
 import headwater as hw
-from headwater import durability
+from headwater import _limits, durability
 from headwater._errors import PeerLostError
 from headwater._keeper import Back, Feed, Step
 from headwater._table import RowChanges, Rows
@@ -369,6 +369,17 @@ def test_rows_count_once_whatever_dies_when(
             found = rows_of(session).pull(np.arange(500))
             expected /= workers if rows.kind == "bsp" else 1
             assert np.array_equal(found, expected), (found - expected)[(found != expected).any(axis=1)]
+
+
+@counts
+@transports
+def test_large_records_are_applied_beside_what_follows(
+    tmp_path: Path, servers: int, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They lie in memory that both servers share, or travel; and count as ever."""
+    monkeypatch.setattr(_limits, "PIECE_BYTES", 1)
+    kind = durability.replicated(1, 0)
+    test_rows_count_once_whatever_dies_when(tmp_path, kind, servers, transport, hw.bsp())
 
 
 def test_a_worker_that_comes_back_before_the_loss_is_known_is_not_taken_for_dead(tmp_path: Path) -> None:

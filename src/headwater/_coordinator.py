@@ -311,6 +311,8 @@ class Coordinator:
                 if (generation, structure) != (self._generation, self._structure) or follower.has_ended:
                     raise PeerLostError("Expected follower and job to stay as they are while it joins, got others.")
                 self._followers[index] = follower
+                if len(self._followers) == self._server_count:
+                    self._structure_s = -math.inf  # all were there: who is lost from now on is not waited for
                 self._changed.notify_all()
         except HeadwaterError as error:
             if not isinstance(self._failure, PeerLostError):

@@ -14,7 +14,8 @@ Else, with one server, there are as many parameter buffers as to leave one that 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -120,7 +121,7 @@ class Shard:
         self._pinned: Pinned | None = None
         self._aside: int | None = None  # a parameter buffer that a publisher reads
         self._specs: tuple[CommitSpec, ...] = ()  # what is prepared
-        self._sums: list[list[np.ndarray]] = []  # room for summed gradients, by commit and slice
+        self._sums = np.empty(0, np.uint8)  # room for summed gradients
 
     # What the coordinator says.
 
@@ -326,13 +327,25 @@ class Shard:
                 )
             return memoryview(self._wires[self._aside].array)
 
-    def prepared_sums(self) -> tuple[tuple[CommitSpec, ...], list[np.ndarray]]:
-        """Return what is prepared and, by commit and slice, the summed gradient in the master dtype, valid until the next call."""
+    def prepared_sums(
+        self, room: Callable[[int], np.ndarray | None] | None = None
+    ) -> tuple[tuple[CommitSpec, ...], list[np.ndarray]]:
+        """Return what is prepared and, by commit and slice, the summed gradient in the master dtype, valid until the next call.
+
+        room: of so many bytes, uint8, where all of them are to lie, one behind the other; None: it has none.
+        """
         with self.lock:
             specs = self._specs
-            while len(self._sums) < len(specs):
-                self._sums.append([np.empty(s.elements, s.lane.master) for s in self.part.slices])
-            for spec, sums in zip(specs, self._sums, strict=False):
+            lies = [(s.lane.master, s.elements) for _ in specs for s in self.part.slices]
+            ends = np.cumsum([0, *(count * np.dtype(dtype).itemsize for dtype, count in lies)])
+            size = int(ends[-1])
+            memory = room(size) if room is not None else None
+            if memory is None:
+                if self._sums.nbytes < size:
+                    self._sums = zeroed(size)
+                memory = self._sums
+            arrays = [memory[a:b].view(dtype) for (dtype, _), (a, b) in zip(lies, pairwise(ends), strict=True)]
+            for k, spec in enumerate(specs):
                 for i, s in enumerate(self.part.slices):
                     table, _, contributions, coefficients = self._kernel_commit(spec, i, s)
                     _kernels.aggregate(
@@ -340,11 +353,11 @@ class Shard:
                         table,
                         contributions,
                         coefficients,
-                        sums[i],
+                        arrays[k * len(self.part.slices) + i],
                         threads=self.threads,
                         level=self.level,
                     )
-            return specs, [array for sums in self._sums[: len(specs)] for array in sums]
+            return specs, arrays
 
     def prepare_again(
         self, specs: Sequence[tuple[bytes, tuple[tuple[float, ...], ...]]], blobs: list[np.ndarray]

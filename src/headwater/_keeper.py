@@ -16,13 +16,14 @@ from functools import partial
 import msgspec
 import numpy as np
 
-from headwater import _limits
+from headwater import _kernels, _limits
 from headwater._book import Book, Change
 from headwater._dense import Pinned, Shard
 from headwater._errors import (
     HeadwaterError,
     HostError,
     PeerLostError,
+    ProtocolError,
     SettingError,
     StorageError,
     UnreachableError,
@@ -30,10 +31,12 @@ from headwater._errors import (
 )
 from headwater._files import Files, claim, open_files
 from headwater._log import Entry, Log, LogEnd, LogReader, begin_of
+from headwater._memory import stack_buffers
 from headwater._messages import (
     AnyMessage,
     Apply,
     Assign,
+    Attached,
     Done,
     Failed,
     FeedLost,
@@ -48,6 +51,7 @@ from headwater._messages import (
     Recalled,
     Restore,
     Restored,
+    Room,
     ServerAddress,
     SnapshotBegin,
     SnapshotGet,
@@ -114,6 +118,7 @@ class Keeper:
         self._is_closed = self._is_fed_anew = False
         self._leads = False  # it has had commits of its own to keep
         self._queued: list[tuple[bytes, list[np.ndarray]]] | None = []  # what came before the state it goes on from
+        self._applying: _Applying | None = None  # the record that it was fed last, if that is not done
         self.life = 0  # rises when what it was fed is of no use any more
         self._turn = threading.Lock()  # of what a follower applies, and of what begins or ends here
         self._take_notes()
@@ -184,6 +189,8 @@ class Keeper:
     def _recall(self, request: Recall) -> Recalled:
         """Find how far the log goes on from a snapshot, or this server from what it has."""
         if not request.snapshot:
+            with self._turn, suppress(HeadwaterError):
+                self._finish()
             if self._book is None:
                 return Recalled(-1)
             return Recalled(self._book.commit if self._pending is None else self._pending.commit, self._book.commit)
@@ -239,6 +246,7 @@ class Keeper:
         assert self._book is not None
         self._give_up()
         with self._turn:
+            self._finish()
             self._queued, self._leads, self.life = None, True, self.life + 1  # whoever fed this one is no more
             self._settle(request.commit)
             self._index = request.index
@@ -269,6 +277,8 @@ class Keeper:
         """Make ready for the state of another server; returns False where this one leads by now."""
         with self._turn:
             if not self._leads:
+                with suppress(HeadwaterError):
+                    self._finish()
                 self._book = self._pending = None
                 self._queued = []
                 self.life += 1
@@ -277,15 +287,30 @@ class Keeper:
     def follow(self, head: bytes, blobs: list[np.ndarray], life: int) -> None:
         """Apply a record of the server that this one follows, or keep it until its state is here.
 
-        life: when its connection began. Raises PeerLostError where that is over: the record was under way for long.
+        On return the record is here, and is applied whatever the leader does; a large one beside what follows, until the next comes: its
+        blobs are not to be written before that has returned. life: when its connection began. Raises PeerLostError where that is over: the
+        record was under way for long; and what the record before it led to.
         """
         with self._turn:
             if self._leads or life != self.life:
                 raise PeerLostError("Expected a record of a server that is followed, got one from before.")
+            self._finish()
             if self._queued is not None:
-                self._queued.append((head, blobs))
-            else:
+                self._queued.append((head, [blob.copy() for blob in blobs]))
+            elif sum(blob.nbytes for blob in blobs) < _limits.PIECE_BYTES:
                 self._follow(head, blobs)
+            else:
+                self._applying = _Applying(partial(self._follow, head, blobs))
+
+    def _finish(self) -> None:
+        """Wait until what came is applied. Where that failed, this follower has nothing to go on from."""
+        applying, self._applying = self._applying, None
+        if applying is not None:
+            try:
+                applying.wait()
+            except BaseException:
+                self._book = self._pending = None
+                raise
 
     def _follow(self, head: bytes, blobs: list[np.ndarray]) -> None:
         """A commit is prepared beside the state, and becomes it with the next one: not every server may have it yet."""
@@ -375,7 +400,8 @@ class Keeper:
         blobs = self._shard.prepare_again(step.specs, blobs)
         means, now = [], 0.0
         for (number, scalars, now), ids, gradients in zip(step.tables, blobs[::2], blobs[1::2], strict=True):  # noqa: B007
-            means.append((number, Part(ids.view(np.int64), _matrix(gradients, tables.tables[number]), scalars)))
+            kept = ids.copy(), gradients.copy()  # until the flip, by when other records lie where this one did
+            means.append((number, Part(kept[0].view(np.int64), _matrix(kept[1], tables.tables[number]), scalars)))
         tables.gather_again(means, now)
 
     def _apply(self, record: Pushed | PagePut, blobs: list[np.ndarray]) -> None:
@@ -394,7 +420,8 @@ class Keeper:
         """Write down what is prepared and gathered; returns when it survives."""
         self._leads = True
         # What was refused may be prepared still.
-        specs, sums = self._shard.prepared_sums() if request.swap else ((), [])
+        room = self._feed.room if self._feed is not None else None
+        specs, sums = self._shard.prepared_sums(room) if request.swap else ((), [])
         parts, now = self._shard.tables.gathered()
         step = Step(
             request.change,
@@ -498,6 +525,8 @@ class Feed:
         self._connection, self._tell = connection, lose
         self._turn = threading.Lock()
         self._is_lost = False
+        self._rooms: dict[int, _kernels.Arena] = {}  # memory of the follower's
+        self._number = 0  # of the one that was asked for last
 
     @classmethod
     def to(cls, address: ServerAddress, token: str, lose: Callable[[], None]) -> Feed:
@@ -515,15 +544,36 @@ class Feed:
             raise
         return cls(connection, lose)
 
+    def room(self, size: int) -> np.ndarray | None:
+        """Return memory that the follower reads where it lies, uint8, for the first blobs of a commit's record; None: they travel."""
+        if not self._connection.can_share or size < _limits.PIECE_BYTES or self._is_lost:
+            return None
+        with self._turn:
+            self._number = 1 - self._number  # the other one may be applied still
+            arena = self._rooms.get(self._number)
+            if arena is None or arena.array.nbytes < size:
+                try:
+                    self._connection.send(Room(self._number, size, True))
+                    received = self._connection.receive(with_fds=True)
+                except HeadwaterError as error:
+                    self._lose(error)
+                    return None
+                if not isinstance(received.message, Attached):
+                    self._lose(ProtocolError(f"Expected room for a record, got {received.message}."))
+                    return None
+                arena = self._rooms[self._number] = stack_buffers(list(received.fds), [size], private=False)
+            return arena.array[:size]
+
     def send(self, head: bytes, blobs: Sequence[memoryview]) -> None:
-        """Let the follower have a record; returns when it has."""
+        """Let the follower have a record; returns when it has. What lies in the room that was asked for last does not travel."""
         with self._turn:
             if self._is_lost:
                 return
-            message = Apply(head, tuple(blob.nbytes for blob in blobs))
+            shared = self._shared(blobs)
+            message = Apply(head, tuple(blob.nbytes for blob in blobs), self._number, sum(b.nbytes for b in shared))
             try:
-                self._connection.send_head(message, sum(message.sizes))
-                for blob in blobs:
+                self._connection.send_head(message, sum(message.sizes) - message.shared)
+                for blob in blobs[len(shared) :]:
                     self._connection.send_more(blob)
                 self._connection.flush()
                 answer = self._connection.receive().message
@@ -532,6 +582,18 @@ class Feed:
             else:
                 if isinstance(answer, Failed):
                     self._lose(answer.exception())
+
+    def _shared(self, blobs: Sequence[memoryview]) -> Sequence[memoryview]:
+        """Return those of the first blobs that lie in the room."""
+        room = self._rooms.get(self._number)
+        if room is None:
+            return ()
+        place = room.array.__array_interface__["data"][0]
+        for i, blob in enumerate(blobs):
+            if np.frombuffer(blob, np.uint8).__array_interface__["data"][0] != place or not blob.nbytes:
+                return blobs[:i]
+            place += blob.nbytes
+        return blobs
 
     def _lose(self, why: HeadwaterError) -> None:
         self._tell()  # before anything is acknowledged that it lacks
@@ -542,6 +604,28 @@ class Feed:
     def close(self) -> None:
         """Send no more."""
         self._connection.close()
+
+
+class _Applying:
+    """Something that a thread of its own does."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="apply", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._act()
+        except BaseException as error:  # noqa: BLE001 - whoever waits raises it
+            self._error = error
+
+    def wait(self) -> None:
+        """Return when it is done. Raises what it has raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
 
 
 class _Folded:

@@ -363,10 +363,15 @@ class FeedLost(Message, frozen=True, tag=True):
 
 
 class Apply(Message, frozen=True, tag=True):
-    """Server to its follower: a record as a log would hold it. Payload: blobs of these sizes. Answer: Done, in order."""
+    """Server to its follower: a record as a log would hold it, with blobs of these sizes. Answer: Done, in order.
+
+    So many of the blobs' bytes as are `shared` lie in a room of the follower's, from its begin; the rest is the payload.
+    """
 
     head: bytes
     sizes: tuple[int, ...]
+    room: int = 0
+    shared: int = 0
 
 
 class SnapshotTake(Message, frozen=True, tag=True):
@@ -525,7 +530,8 @@ class Room(Message, frozen=True, tag=True):
     """On a worker's connection for tables: make room of this size for a batch, in place of what this room was before.
 
     Room 0 is for what is under way, the others for batches that are asked for ahead of their use. `share`: in memory that is
-    shared, whose descriptor comes with the answer, Attached. Else batches travel as payloads.
+    shared, whose descriptor comes with the answer, Attached. Else batches travel as payloads. Likewise, shared, from a server to its
+    follower: rooms 0 and 1, for records.
     """
 
     room: int

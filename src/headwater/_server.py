@@ -32,6 +32,7 @@ from headwater._errors import (
 )
 from headwater._keeper import Keeper, fold, open_store
 from headwater._listener import Listener
+from headwater._memory import SharedBuffer
 from headwater._messages import (
     AnyMessage,
     Apply,
@@ -61,6 +62,7 @@ from headwater._messages import (
     Report,
     Restore,
     Resume,
+    Room,
     Seal,
     ServerAddress,
     SetAside,
@@ -196,13 +198,11 @@ class Server(Listener):
         """Of the keeper, where there is one."""
         return 0 if self._keeper is None else self._keeper.life
 
-    def follow(self, message: Apply, payload: np.ndarray | None, life: int) -> None:
-        """Apply what the server that this one follows is about to acknowledge."""
+    def follow(self, head: bytes, blobs: list[np.ndarray], life: int) -> None:
+        """Have what the server that this one follows is about to acknowledge."""
         if self._keeper is None:
             raise ProtocolError("Expected a record at a follower, got one at a server of a job without durability.")
-        ends = np.cumsum((0, *message.sizes))
-        whole = np.empty(0, np.uint8) if payload is None else payload
-        self._keeper.follow(message.head, [whole[a:b] for a, b in pairwise(ends)], life)
+        self._keeper.follow(head, blobs, life)
 
     def _handler(self, connection: Connection, hello: Hello) -> _Handler:
         if hello.role not in ROLES:
@@ -233,6 +233,9 @@ class _Handler:
         self._life = server.life
         self._enrolled: tuple[int, Connection] | None = None  # a server's place, and the way back to it
         self._incoming: np.ndarray | None = None  # a plane that a Put brings
+        # Of a server that this one follows, for its records: rooms that it writes to, and what brings the rest.
+        self._rooms: dict[int, SharedBuffer] = {}
+        self._fed = [np.empty(0, np.uint8) for _ in range(2)]
         self._carried = False  # whether a payload came with the push
         self._desk = server.shard.tables.desk(hello.identity) if hello.role == "table" else None
         self._foreseen: Foreseen | None = None  # the commit that the arriving push completes
@@ -335,9 +338,14 @@ class _Handler:
             case FeedLost() if self.role == "server":
                 self._job().lose_follower(message.index)
                 self._answer(Done())
+            case Room() if self.role == "leader" and self._connection.can_share:
+                if message.room not in (0, 1) or not 0 < message.size <= _limits.ROOM_BYTES:
+                    raise ProtocolError(f"Expected room 0 or 1 of up to {_limits.ROOM_BYTES} bytes, got {message}.")
+                buffer = self._rooms[message.room] = SharedBuffer(message.size, "record")
+                self._connection.send(Attached(1), fds=(buffer.fd,))
             case Apply() if self.role == "leader":
-                self._server.follow(message, self._incoming, self._life)
-                self._incoming = None
+                payload, self._incoming = self._incoming, None
+                self._server.follow(message.head, self._blobs(message, payload), self._life)
                 self._answer(Done())
             case Recall() | Restore() | Pin() | Unpin() if self.role == "coordinator":
                 with _at_work(self._connection):
@@ -363,8 +371,11 @@ class _Handler:
             if isinstance(message, Seal) and message.pull == "sent" and size > _limits.PIECE_BYTES:
                 self._foreseen = self._job().foresee(self._identity, message)
             return inbox
-        if isinstance(message, Apply) and self.role == "leader" and size == sum(message.sizes):
-            self._incoming = np.empty(size, np.uint8)
+        if isinstance(message, Apply) and self.role == "leader" and size == sum(message.sizes) - message.shared:
+            self._fed.reverse()  # the other one may be applied still
+            if self._fed[0].nbytes < size:
+                self._fed[0] = np.empty(size, np.uint8)
+            self._incoming = self._fed[0][:size]
             return memoryview(self._incoming)
         if isinstance(message, Put) and is_worker:
             expected = self._shard.plane_bytes(message.plane)
@@ -373,6 +384,19 @@ class _Handler:
                 return memoryview(self._incoming)
             raise ProtocolError(f"Expected {expected} bytes of {message.plane}, got {size}.")
         raise ProtocolError(f"Expected {type(message).__name__} without payload, got {size} bytes.")
+
+    def _blobs(self, message: Apply, payload: np.ndarray | None) -> list[np.ndarray]:
+        """Return a record's blobs where they lie."""
+        ends = np.cumsum((0, *message.sizes))
+        room = self._rooms[message.room].array if message.room in self._rooms else np.empty(0, np.uint8)
+        rest = np.empty(0, np.uint8) if payload is None else payload
+        whole = message.shared + rest.nbytes == ends[-1] and 0 <= message.shared <= room.nbytes
+        if not whole or message.shared not in ends:
+            raise ProtocolError(
+                f"Expected a record of {ends[-1]} bytes, got another of {rest.nbytes}: {message.sizes}."
+            )
+        shared = message.shared
+        return [room[a:b] if b <= shared else rest[a - shared : b - shared] for a, b in pairwise(map(int, ends))]
 
     def _arrived(self, ready: int, size: int) -> None:
         """So much of a payload has come. Where it is the last push of a commit, what came is applied and goes back at once."""

@@ -105,7 +105,12 @@ class Snapshots:
                 answers = ask_each(lambda i: Restore("", commit, i, count, is_warm=True))
                 books = [decode_book(answer.book) for answer in answers if isinstance(answer, Restored)]
                 # A change between two commits that some have and the first has not is given up; its number is not used again.
-                return msgspec.structs.replace(books[0], serial=max(book.serial for book in books)), True
+                book = msgspec.structs.replace(books[0], serial=max(book.serial for book in books))
+                if not self._can_go_back(
+                    book
+                ):  # the coordinator died before there was a snapshot; whoever takes one waits for us
+                    self._take(_Restored(book, ask_each))
+                return book, True
         first: StorageError | None = None
         for name in find(self.files, self.path):
             try:
@@ -123,6 +128,16 @@ class Snapshots:
             raise StorageError(f"Expected a snapshot in {self.path} that can be read, got none: {first}") from first
         ask_each(lambda i: Restore("", 0, i, count))
         return None, True
+
+    def _can_go_back(self, book: Book) -> bool:
+        """Whether the newest snapshot can be read and is of a job in which as much was registered."""
+        before = Book(book.consistency, book.expected)
+        for name in find(self.files, self.path)[:1]:
+            try:
+                before = decode_book(self._manifest(name).book)
+            except StorageError:
+                return False
+        return (before.tensors, before.optimizer, before.tables) == (book.tensors, book.optimizer, book.tables)
 
     def _manifest(self, name: str) -> Manifest:
         return open_manifest(self.files, f"{self.path}/{name}")

@@ -2,7 +2,7 @@
 
 snapshot(every_s)    the state is written every so often; the death of a server takes the job back to the last time
 log()                besides, what every commit does is on disk before it is acknowledged: nothing acknowledged is lost
-replicated(n)        besides, every commit is applied by n followers before it is acknowledged; one of them takes over
+replicated(n)        besides, n followers have every commit before it is acknowledged, and apply it; one of them takes over
 """
 
 from __future__ import annotations
@@ -59,5 +59,5 @@ def log(every_s: float = EVERY_S) -> Durability:
 
 
 def replicated(n: int = 1, every_s: float = EVERY_S) -> Durability:
-    """Let a follower of every server apply each commit before it is acknowledged; it takes over when the server dies."""
+    """Let a follower of every server have each commit before it is acknowledged; it takes over when the server dies."""
     return Durability("replicated", every_s, n)
