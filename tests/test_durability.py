@@ -18,7 +18,7 @@ from jobs import PATIENCE_S, TOKEN, assert_equal_bits, read_all
 
 import headwater as hw
 from headwater import _limits, durability
-from headwater._errors import PeerLostError
+from headwater._errors import PeerLostError, SettingError
 from headwater._keeper import Back, Feed, Step
 from headwater._table import RowChanges, Rows
 from headwater._transport import Address
@@ -445,3 +445,43 @@ def test_a_table_that_changes_faster_than_it_is_written_gets_a_snapshot(tmp_path
         table.pull(rows[:1])  # it is answered; else it would be said again
         cluster.restart(0)
         assert np.array_equal(table.pull(rows), expected)
+
+
+def test_a_job_in_this_process_is_kept(tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    with hw.connect(store=store) as session:
+        register(session, hw.optim.SGD(lr=1.0))
+        session.step(gradient(0))
+        session.state["epoch"] = 3
+        expected = read_all(session)
+    with pytest.raises(SettingError, match="Expected an empty store, got a job"):
+        hw.connect(store=store)
+    for kind in (durability.log(), durability.snapshot(5)):
+        with hw.connect(durability=kind, store=store, resume=True) as session:
+            register(session, hw.optim.SGD(lr=1.0))
+            assert (session.clock, session.index, session.state["epoch"]) == (1, 0, 3)
+            assert_equal_bits(read_all(session), expected)
+            with pytest.raises(SettingError, match="a store that nobody uses"):
+                hw.connect(store=store, resume=True)
+
+
+def test_a_job_in_this_process_without_anything_leaves_an_empty_store(tmp_path: Path) -> None:
+    for _ in range(2):
+        hw.connect(store=str(tmp_path / "store")).close()
+
+
+def test_what_a_job_survives_is_its_own(tmp_path: Path) -> None:
+    with cluster_of(tmp_path, durability.log(0)) as cluster:
+        address = str(cluster.first)
+        with hw.connect(address, token=TOKEN, durability=durability.log(0)) as session:
+            assert session.stats().servers == 1
+        with pytest.raises(SettingError, match=r"Expected durability log:0, the job's, got snapshot: leave it out"):
+            hw.connect(address, token=TOKEN, durability=durability.snapshot())
+        with pytest.raises(SettingError, match="for a job in this process only"):
+            hw.connect(address, token=TOKEN, store=str(tmp_path / "other"))
+    with pytest.raises(SettingError, match="Expected a store with durability"):
+        hw.connect(durability=durability.log())
+    with pytest.raises(SettingError, match="Expected a folder on a disk for a log, got memory://headwater-tests/log"):
+        hw.connect(durability=durability.log(), store="memory://headwater-tests/log")
+    with pytest.raises(SettingError, match="Expected the coordinator apart"):
+        hw.connect(durability=durability.replicated(), store=str(tmp_path / "third"))

@@ -619,6 +619,29 @@ def test_a_follower_takes_over_from_a_killed_server(machine: Machine, transport:
     assert "ends at -399.0 -399.0" in output.text
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_job_in_a_script_that_is_killed_goes_on_where_it_was(
+    machine: Machine, tmp_path: Path, number: signal.Signals
+) -> None:
+    """At once: nobody waits for the worker that was killed."""
+    words = (str(WORKERS / "kept.py"), str(tmp_path / "store"), "log")
+    output = machine.start(*words, "100000")
+    seen = 0
+    for _ in range(2):
+        output.wait_for(f"made step {seen + 50} ")
+        output.process.send_signal(number)
+        output.finish()
+        assert "no last snapshot" not in output.text
+        last = int(re.findall(r"made step (\d+) ", output.text)[-1])
+        output = machine.start(*words, str(last + 70))
+        output.wait_for(
+            rf"made step (?:{last + 1}|{last + 2}|{last + 3}) "
+        )  # one or two may have been kept and not said
+        seen = last
+    assert output.finish() == 0
+    assert f"ends at {last + 70} -{last + 70}.0" in output.text
+
+
 def test_a_replica_serves_what_it_has_while_its_job_is_away_and_then_follows_it(
     machine: Machine, tmp_path: Path
 ) -> None:

@@ -498,9 +498,8 @@ class Coordinator:
             servers = tuple(server.address for server in self._servers if server is not None)
             if not self._is_ready:
                 raise PeerLostError("Expected every server of the job to live, got the end of one: ask again.")
-            return Welcome(
-                index, policy.expected, policy.consistency, servers, self._keep is not None, self._shard is None
-            )
+            kept = "" if self._keep is None else str(self._keep.durability)
+            return Welcome(index, policy.expected, policy.consistency, servers, kept, self._shard is None)
 
     def _return(self, worker: Worker) -> None:
         """Take a worker back. What it has sealed and what is not committed is forgotten: it says it again."""
@@ -694,6 +693,14 @@ class Coordinator:
         if isinstance(taken, HeadwaterError):
             raise taken
         return taken
+
+    def take_last_snapshot(self) -> None:
+        """Where the job has a store, let it hold what was learnt: the job ends."""
+        if self._keep is not None and (self._layout is not None or self._tables):
+            try:
+                self._keep.take(self)
+            except HeadwaterError as error:
+                warn(f"no last snapshot: {error}")
 
     def _keep_structure(self, tell: Tell) -> None:
         """What the log's records rest on has changed, so it is in a snapshot before anybody uses it; no log leads there from older ones."""

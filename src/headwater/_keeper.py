@@ -29,7 +29,7 @@ from headwater._errors import (
     UnreachableError,
     warn,
 )
-from headwater._files import Files, claim, open_files
+from headwater._files import Files, RemoteFiles, claim, open_files
 from headwater._log import Entry, Log, LogEnd, LogReader, begin_of
 from headwater._memory import stack_buffers
 from headwater._messages import (
@@ -499,14 +499,21 @@ class Keeper:
         self._feed = self._next_feed = None
 
 
-def open_store(store: str, index: int, *, resumes: bool) -> tuple[Files, str, Callable[[], None]]:
+def open_store(
+    store: str, index: int, *, resumes: bool, has_log: bool = False
+) -> tuple[Files, str, Callable[[], None]]:
     """Return the store as one server sees it, and what gives its place in it up. index: -1: it is claimed by nobody.
 
-    Raises SettingError where there is none, another process has that place, or a job lies there that is not to go on.
+    Raises SettingError where there is none, it cannot hold a log, another process has that place, or a job lies there that is not to go on.
     """
     if not store:
         raise SettingError("Expected a store for a durable job, got none: give it a folder.")
     files, path = open_files(store)
+    if has_log and isinstance(files, RemoteFiles):
+        raise SettingError(
+            f"Expected a folder on a disk for a log, got {store}, where a file is there only once it is whole: use durability snapshot or "
+            "replicated there."
+        )
     files.make_folder(path)
     let_go = claim(files, f"{path}/lock-{index}") if index >= 0 else lambda: None
     if not resumes and (find(files, path) or any(name.startswith(f"log-{index}-") for name in files.list(path))):

@@ -58,7 +58,9 @@ class Welcome(Message, frozen=True, tag=True):
     workers: int
     consistency: Consistency
     servers: tuple[ServerAddress, ...]
-    is_durable: bool = False  # the job outlives its servers: who loses one asks again
+    durability: str = (
+        ""  # as `Durability` reads it: the job outlives its servers, and who loses one asks again; empty: it does not
+    )
     is_apart: bool = False  # the coordinator is not the first server
 
 

@@ -30,6 +30,7 @@ from headwater._wire import pack_header
 
 if TYPE_CHECKING:
     from headwater._server import Server
+    from headwater.durability import Durability
 
 _M = TypeVar("_M")
 _C = TypeVar("_C", bound=Connection)
@@ -37,7 +38,10 @@ _AGAIN_S = 0.5  # for one try to come back: between two, it is seen whether anyb
 
 
 class Peers:
-    """One session's connections. address: the job's first server; None: one is embedded in this process, `server` or a new one."""
+    """One session's connections. address: the job's first server; None: it is `server`, in this process.
+
+    owns_server: it ends with this session. durability: what the job is expected to survive; None: whatever that is.
+    """
 
     def __init__(
         self,
@@ -47,12 +51,14 @@ class Peers:
         transport: str,
         timeout_s: float,
         server: Server | None = None,
+        owns_server: bool = False,
+        durability: Durability | None = None,
     ) -> None:
-        self.hello, self.timeout_s = hello, timeout_s
+        self.hello, self.timeout_s, self._durability = hello, timeout_s, durability
         self._address, self._transport = address, transport
         self._pid = os.getpid()
         self.server = server  #: the embedded one
-        self._owns_server = server is None
+        self.owns_server = owns_server
         self._beat: Connection | None = None
         self._heartbeat: _kernels.Heartbeat | None = None
         self._former: list[Connection] = []  # that others have taken the place of
@@ -61,10 +67,6 @@ class Peers:
         self._is_apart = False  # the coordinator is not the first server
         self.is_durable = False  #: whether the job outlives its servers
         self.addresses: tuple[ServerAddress, ...] = ()  #: of the servers, in their order
-        if address is None and server is None:
-            from headwater._server import Server  # only who serves pays for it at start
-
-            self.server = Server(token=hello.token, consistency=hello.consistency, workers=1)
         self.control = self._open_control()
 
     def _open_control(self) -> Connection:
@@ -83,7 +85,12 @@ class Peers:
         self.control.set_timeout(_limits.SILENCE_S)
         self.control.send(self.hello)
         welcome = self.receive(self.control, Welcome)[0]
-        self.addresses, self.is_durable, self._is_apart = welcome.servers, welcome.is_durable, welcome.is_apart
+        if self._durability is not None and welcome.durability != str(self._durability):
+            raise SettingError(
+                f"Expected durability {welcome.durability or 'none'}, the job's, got {self._durability}: leave it out in connect(), or "
+                f"start the job with --durability {self._durability}."
+            )
+        self.addresses, self.is_durable, self._is_apart = welcome.servers, bool(welcome.durability), welcome.is_apart
         if self._address is not None and self.hello.role == "worker":
             self._start_beat(self._address)
         return welcome
@@ -213,7 +220,9 @@ class Peers:
             pass  # the server is gone, or sees the connection end
         for connection in self._connections():
             connection.close()
-        if self.server is not None and self._owns_server:
+        if self.server is not None and self.owns_server:
+            if self.server.coordinator is not None:
+                self.server.coordinator.take_last_snapshot()
             self.server.close()
         self.server = None  # its memory goes with it
 

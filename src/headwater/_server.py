@@ -132,7 +132,8 @@ class Server(Listener):
                 )
             # In a replicated job two servers have the same place, and the coordinator sees to it that there are no more.
             place = -1 if durability.kind == "replicated" and not is_apart else self._index
-            files, path, self._let_go = open_store(store, place, resumes=resumes or follows)
+            has_log = durability.kind == "log"
+            files, path, self._let_go = open_store(store, place, resumes=resumes or follows, has_log=has_log)
             self._keeper = self.shard.keeper = Keeper(self.shard, files, path, durability, token, join)
             if join is None:
                 keep = Snapshots(files, path, durability, partial(fold, files, path))

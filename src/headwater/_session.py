@@ -70,10 +70,12 @@ from headwater._snapshot import Manifest
 from headwater._table_link import Link
 from headwater._transport import Address, new_identity, process_label
 from headwater._versions import KEEP
+from headwater.durability import Durability, snapshot
 from headwater.optim import SGD, AnyOptimizer, RowOptimizer
 
 if TYPE_CHECKING:
     from headwater._sealed import File
+    from headwater._server import Server
     from headwater._snapshot import Planes
 
 _M = TypeVar("_M")
@@ -969,6 +971,9 @@ def connect_session(
     transport: str | None = None,
     token: str | None = None,
     timeout_s: float = 600.0,
+    durability: Durability | None = None,
+    store: str | None = None,
+    resume: bool = False,
     role: str = "worker",
 ) -> Session:
     """Connect to a job, or start one inside this process, and return this worker's session.
@@ -979,6 +984,9 @@ def connect_session(
     transport: "auto" takes shared memory where it can, "shm" insists on it, "tcp" does without; default
     $HEADWATER_TRANSPORT, or auto. token: default
     $HEADWATER_TOKEN. timeout_s: how long any wait may last; past it a WaitTimeoutError says for whom.
+    durability: what the job survives, `hw.durability.snapshot()` (default where there is a store) or `log()`; it is the job's, so
+    leave it out where the servers were told. store: the folder or fsspec URL where a job in this process is kept, with a last snapshot
+    when the session is closed; resume: go on from what lies there, if anything does; else it must be empty.
 
     SIGTERM, by which a machine says that it is taken away, then ends a worker's process as the end of its script does, with exit status
     143: what is sealed counts, the session is closed, and after _limits.TERMINATE_S the process is killed. That holds where the script
@@ -994,17 +1002,41 @@ def connect_session(
         token=token if token is not None else os.environ.get("HEADWATER_TOKEN", ""),
         role=role,
         identity=new_identity(),
-        index=_environment_number("HEADWATER_WORKER", -1) if role == "worker" else -1,
+        index=_environment_number("HEADWATER_WORKER", -1 if text else 0) if role == "worker" else -1,
         workers=(_environment_number("HEADWATER_WORKERS", 0) if workers is None else workers) if text else 0,
         consistency=consistency,
         label=process_label(),
     )
     target = Address.parse(text) if text else None
-    if target is not None and role == "worker":
+    if target is None:
+        server = _embed(hello, durability, store, resume=resume)
+        try:
+            return Session(
+                Peers(None, hello, transport=transport, timeout_s=timeout_s, server=server, owns_server=True)
+            )
+        except BaseException:
+            server.close()
+            raise
+    if store is not None or resume:
+        raise SettingError(f"Expected a store for a job in this process only, got one for {target}, which has its own.")
+    if role == "worker":
         _exit_on_sigterm()
-    if target is not None and target.kind == "tcp" and target.is_local and transport != "tcp":
+    if target.kind == "tcp" and target.is_local and transport != "tcp":
         target = nearest(target, hello, timeout_s)
-    return Session(Peers(target, hello, transport=transport, timeout_s=timeout_s))
+    return Session(Peers(target, hello, transport=transport, timeout_s=timeout_s, durability=durability))
+
+
+def _embed(hello: Hello, durability: Durability | None, store: str | None, *, resume: bool) -> Server:
+    """Start a server for a job in this process."""
+    from headwater._server import Server  # only who serves pays for it at start
+
+    if store is None and (durability is not None or resume):
+        raise SettingError("Expected a store with durability or resume, got none: connect(store='runs/a', …).")
+    if store is not None:
+        durability = durability or snapshot()
+    return Server(
+        token=hello.token, consistency=hello.consistency, workers=1, durability=durability, store=store or "", resumes=resume
+    )  # fmt: skip
 
 
 def _has_launcher() -> bool:
