@@ -276,6 +276,7 @@ def resting_worker(address: str, path: str, workers: int, parameters: int, rest_
             if session.clock > before:
                 steps += 1
                 page.note(session.index, steps, session.clock)
+        session.close()  # the other one may have more to make: its last step before the job went back was not answered
 
     return live
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 from pathlib import Path
 
@@ -104,6 +105,22 @@ def test_rows_that_do_not_fit_are_on_disk_and_come_back(consistency: hw.Consiste
             assert np.array_equal(table.pull(some), 2.0 * np.repeat(some[:, None], dim, axis=1))
         assert table.stats().loaded > 0
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fails_under_rows_is_said_and_harms_nobody_else(tmp_path: Path) -> None:
+    policy = hw.RowPolicy(when_full="spill", budget_bytes=13_000_000, spill_folder=str(tmp_path))
+    with start_job(consistency=hw.asp()) as job, job.connect() as session:
+        table, other = session.table("items", 8, policy=policy), session.table("others", 2)
+        for ids in np.arange(400_000).reshape(-1, 10_000):
+            table.push(ids, np.ones((len(ids), 8), np.float32))
+        assert table.stats().spilled_rows > 100_000
+        links = [(link, str(link.readlink())) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        (file,) = [link for link, target in links if target.startswith(str(tmp_path))]
+        os.truncate(file, 0)
+        with pytest.raises(errors.StorageError, match="Cannot read spilled rows"):
+            table.pull(np.arange(0, 400_000, 97), touch=False)
+        other.push([1], np.ones((1, 2), np.float32))
+        assert other.stats().rows == 1
 
 
 def test_a_table_that_cannot_spill_is_opened_on_no_server(tmp_path: Path) -> None:

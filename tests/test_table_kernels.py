@@ -966,6 +966,33 @@ def test_a_full_disk_changes_nothing(tmp_path: Path) -> None:
     assert sorted(dump(table)) == HERE[: at + 5_000].tolist()
 
 
+def test_rows_that_cannot_be_read_back_are_an_error_and_the_others_are_as_they_were(tmp_path: Path) -> None:
+    """The file is cut off behind the table's back: what a disk that fails answers, too, is no row."""
+    table = spilling_table(tmp_path)
+    fill(table, 60_000)
+    before = dump(table)
+    links = {int(link.name): str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+    (file,) = [number for number, target in links.items() if target.startswith(str(tmp_path))]
+    os.truncate(f"/proc/self/fd/{file}", 0)
+    lost, kept = list[tuple[int, int | None]](), list[int]()
+    for some in HERE[:60_000:97].tolist():
+        ids = np.array([some])
+        try:
+            row = pull(table, ids, 12)
+        except OSError as error:
+            lost.append((some, error.errno))
+        else:
+            assert row.tobytes() == before[some][:48]
+            kept.append(some)
+    assert min(len(lost), len(kept)) > 50
+    assert {code for _, code in lost} == {errno.EIO}
+    with pytest.raises(OSError, match="Cannot read spilled rows"):
+        push(table, RULES[2], np.array([lost[0][0], *kept]), np.ones((1 + len(kept), 12), np.float32), 2)
+    for some in kept:
+        assert pull(table, np.array([some]), 12).tobytes() == before[some][:48]
+    push(table, RULES[2], np.array(kept), np.ones((len(kept), 12), np.float32), 2)
+
+
 def test_spilling_needs_a_folder_and_a_budget(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Cannot make a file to spill to") as caught:
         spilling_table(tmp_path / "nowhere")
