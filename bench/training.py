@@ -89,7 +89,7 @@ def slowed(step: Step) -> Step:
 
 
 def ddp_worker(rendezvous: str, index: int, workers: int, slow: int, family: str, *size: int) -> Step:
-    """Return the same training step under DDP."""
+    """Return the same training step under DDP; it returns the seconds spent in clipping and the optimizer's step."""
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=index, world_size=workers)
     step = _ddp_step(make(family, size), is_local=False)
     return slowed(step) if index == slow else step
@@ -100,13 +100,16 @@ def _ddp_step(task: Task, *, is_local: bool) -> Step:
     optimizer = task.plain(model.parameters(), **task.options, fused=True)
     limit = task.settings.clip_norm
 
-    def step() -> None:
+    def step() -> float:
         with model.no_sync() if is_local else contextlib.nullcontext():
             task.loss_of(model).backward()
+        start = time.perf_counter()
         if limit is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
         optimizer.step()
+        elapsed = time.perf_counter() - start
         optimizer.zero_grad()
+        return elapsed
 
     return step
 
