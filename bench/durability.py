@@ -21,8 +21,8 @@ import msgspec
 import numpy as np
 
 import headwater as hw
+from bench.core import PARAMETERS, Answer, start_server, start_workers
 from bench.core import STEPS as UNIT
-from bench.core import Answer, start_server, start_workers
 from bench.crew import Outcome, Plan
 from bench.harness import BenchError, Contestant, Fleet, Process, end_command, interleave, read_line
 from bench.report import Check
@@ -315,10 +315,13 @@ def logging(fleet: Fleet) -> Answer:
             process = fleet.start("bench.wreck.bare_writer", servers.store, 4 * parameters)
             contestants.append(Contestant(f"write and fdatasync, {size}", [process], worth=2))
         rest_s = 0.0
-        for name, kind in (("not replicated, half asleep", ""), ("replicated, half asleep", "replicated:0")):
+        for name, kind in (
+            ("not replicated, 100 MB, half asleep", ""),
+            ("replicated, 100 MB, half asleep", "replicated:0"),
+        ):
             servers = stack.enter_context(Servers(fleet, 1, kind, 2))
             resting = start_workers(
-                fleet, "bench.wreck.half_resting_worker", LOGGED[0], rest_s, address=servers.address
+                fleet, "bench.wreck.half_resting_worker", PARAMETERS, rest_s, address=servers.address
             )
             contestants.append(Contestant(name, resting))
             rest_s = (
@@ -332,8 +335,8 @@ def logging(fleet: Fleet) -> Answer:
         bare = zip(samples[f"no log, {size}"], samples[f"write and fdatasync, {size}"], strict=True)
         samples[f"the lesser, {size}"] = [min(pair) for pair in bare]
         checks.append(Check(f"of the lesser, {size}", samples.ratio(f"log, {size}", f"the lesser, {size}"), 0.8))
-    asleep = samples.ratio("replicated, half asleep", "not replicated, half asleep")
-    checks.append(Check("replicated, of not replicated, half asleep", asleep, 0.8))
+    asleep = samples.ratio("replicated, 100 MB, half asleep", "not replicated, 100 MB, half asleep")
+    checks.append(Check("replicated, of not replicated, workers half asleep", asleep, 0.8))
     # With both cores full every commit is applied twice, so half of the rate is the most there is.
     bounds = {
         f"replicated, of its bound, {size}": 2 * samples.ratio(f"replicated, {size}", f"no log, {size}")

@@ -24,6 +24,13 @@ def batches(kind: str, rows: int, seed: int) -> list[np.ndarray]:
     return [_strewn(np.searchsorted(sums, chance.random(BATCH) * sums[-1]), rows) for _ in range(BATCHES)]
 
 
+def distinct_beyond(rows: int, hottest: int) -> float:
+    """Return how many ids of a Zipf batch, each counted once, are not among so many of the hottest: the expected number."""
+    shares = np.arange(1.0, rows + 1) ** -ZIPF
+    shares /= shares.sum()
+    return float(-np.expm1(BATCH * np.log1p(-shares[hottest:])).sum())
+
+
 def _strewn(ranks: np.ndarray, rows: int) -> np.ndarray:
     """Map ranks to ids one to one: else the rows of ids that are often looked up together would be neighbours."""
     factor = next(f for f in range(int(rows * 0.618), rows + 2) if np.gcd(f, rows) == 1)

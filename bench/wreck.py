@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -286,11 +287,12 @@ def half_resting_worker(address: str, workers: int, parameters: int, rest_s: flo
     session = hw.connect(address, workers=workers)
     session.register({"weights": np.full(parameters, 0.5, np.float32)}, hw.optim.Adam(lr=1e-3))
     session.gradients["weights"].fill(1e-3)
-    session.step()
-    start = time.perf_counter()
-    for _ in range(3):
+    times = []
+    for _ in range(max(5, 200_000_000 // parameters)):  # the first ones touch memory
+        start = time.perf_counter()
         session.step()
-    rest_s = rest_s or (time.perf_counter() - start) / 3
+        times.append(time.perf_counter() - start)
+    rest_s = rest_s or statistics.median(times)
 
     def step() -> None:
         time.sleep(rest_s)

@@ -154,6 +154,16 @@ def test_ids_of_batches_are_strewn_one_to_one_and_zipf_is_zipf() -> None:
     assert len(np.unique(np.concatenate(traffic.batches("uniform", rows, seed=0)))) == rows
 
 
+def test_so_many_ids_of_a_batch_are_not_among_the_hottest() -> None:
+    rows, hottest = 20_000, 500
+    chance = np.random.default_rng(0)
+    shares = np.arange(1.0, rows + 1) ** -traffic.ZIPF
+    drawn = chance.choice(rows, traffic.BATCH, p=shares / shares.sum())
+    assert traffic.distinct_beyond(rows, hottest) == pytest.approx(
+        np.count_nonzero(np.unique(drawn) >= hottest), rel=0.02
+    )
+
+
 def test_the_plain_array_of_the_bench_makes_the_steps_of_a_table() -> None:
     """It is a peer only if it does the same work."""
     rows, chance = 500, np.random.default_rng(0)

@@ -350,6 +350,57 @@ def test_flushing_denormals_in_the_caller_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("wire", DTYPES)
+@pytest.mark.parametrize("blocks", [None, (1, 3)])
+def test_gradients_aggregated_beside_a_pass_are_those_aggregated_alone(
+    wire: str, blocks: tuple[int, int] | None
+) -> None:
+    """And the pass is as ever."""
+    commits = []
+    for count in (3, 1, 2):
+        runs, scalars, contributions, coefficients = make_commit(
+            optim.Adam(), wire, SIZE, count=count, cuts=(10, 2 * BLOCK + 77)
+        )
+        runs[1, 2] = -1
+        commits.append((runs, scalars, contributions, coefficients))
+    master = master_of(wire)
+    alone = [np.full(SIZE, 7, master) for _ in commits]
+    for out, (runs, _, contributions, coefficients) in zip(alone, commits, strict=True):
+        _kernels.aggregate(wire, runs, contributions, coefficients, out, threads=1, level="baseline")
+    source = make_planes(optim.Adam(), wire, SIZE)
+    first, limit = (0, SIZE) if blocks is None else (blocks[0] * BLOCK, min(blocks[1] * BLOCK, SIZE))
+    plain: list[Array] = [plane.copy() for plane in source]
+    assert _kernels.apply("adam", 0, wire, source, plain, commits, threads=1, level="auto", blocks=blocks) is None
+    for level in LEVELS:
+        for threads in (1, 2):
+            target = [plane.copy() for plane in source]
+            beside = [np.full(SIZE, 7, master) for _ in commits]
+            how: dict[str, Any] = {"threads": threads, "level": level, "blocks": blocks, "aggregated": beside}
+            assert _kernels.apply("adam", 0, wire, source, target, commits, **how) is None
+            assert_same_bits(target, plain)
+            for out, expected in zip(beside, alone, strict=True):
+                assert_same_bits([out[first:limit]], [expected[first:limit]])
+                assert (out[:first] == 7).all()
+                assert (out[limit:] == 7).all()
+
+
+def test_room_for_aggregated_gradients_is_checked() -> None:
+    source, target = (make_planes(optim.SGD(), "float32", SIZE) for _ in range(2))
+    commit = make_commit(optim.SGD(), "float32", SIZE, count=1)
+    out = np.zeros(SIZE, np.float32)
+    for aggregated, says in (
+        ([], "for each of 1 commits, got 0"),
+        ([out, out.copy()], "for each of 1 commits, got 2"),
+        ([out[:-1]], "aggregated elements"),
+        ([target[0]], "overlaps another buffer"),
+        ([commit[2][0]], "overlaps another buffer"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            _kernels.apply(
+                "sgd", 0, "float32", source, target, [commit], threads=1, level="auto", aggregated=aggregated
+            )
+
+
+@pytest.mark.parametrize("wire", DTYPES)
 def test_square_sums_are_the_same_everywhere_and_close_to_numpy(wire: str) -> None:
     runs, _, contributions, coefficients = make_commit(optim.Mean(), wire, SIZE, count=3, cuts=(10, 2 * BLOCK + 77))
     runs[1, 2] = -1

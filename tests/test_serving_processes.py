@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,19 @@ PATIENCE_S = 60.0
 TESTS = Path(__file__).parent
 TOKEN = "a token for tests"
 HEADWATER = [sys.executable, "-m", "headwater"]
+#: The same with little patience.
+HURRIED = [
+    sys.executable,
+    "-c",
+    "from headwater import _cli, _limits; _limits.HEAD_S = _limits.BODY_S = 0.2; _cli.main()",
+]
 
 
 class Process:
     """A server of a Telling."""
 
-    def __init__(self, store: Path, *options: str) -> None:
-        words = [*HEADWATER, "serve", "--model", "served:build", "--store", str(store), "--name", "m", *options]
+    def __init__(self, store: Path, *options: str, command: Sequence[str] = HEADWATER) -> None:
+        words = [*command, "serve", "--model", "served:build", "--store", str(store), "--name", "m", *options]
         environment = os.environ | {"HEADWATER_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
         self.popen = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment, cwd=TESTS)
 
@@ -54,10 +60,11 @@ class Process:
 
 
 @contextmanager
-def running(store: Path, count: int, *options: str) -> Iterator[list[Process]]:
+def running(store: Path, count: int, *options: str, command: Sequence[str] = HEADWATER) -> Iterator[list[Process]]:
     """Run servers; they are ended at last."""
     with ExitStack() as stack:
-        processes = [Process(store, "--listen", "http://127.0.0.1:0", *options) for _ in range(count)]
+        options = ("--listen", "http://127.0.0.1:0", *options)
+        processes = [Process(store, *options, command=command) for _ in range(count)]
         for process in processes:
             stack.callback(end, process)
         yield [process.wait() for process in processes]
@@ -146,6 +153,24 @@ def test_triton_client_speaks_to_it_and_bad_clients_do_not_harm_it(tmp_path: Pat
             sock.sendall(served.request())
             assert sock.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
         assert server.popen.wait(PATIENCE_S) == 0
+
+
+@pytest.mark.slow
+def test_clients_that_are_slow_are_let_go(tmp_path: Path) -> None:
+    served.publish(tmp_path, 1, "prod")
+    with running(tmp_path, 1, command=HURRIED) as (server,):
+        wait_until_ready(server)
+        host, _, port = server.address.partition(":")
+        for start, answer in (
+            (b"", b""),
+            (b"GET /v2 HTTP/1.1\r\nHo", b""),
+            (b"POST /v2/models/m/infer HTTP/1.1\r\nHost: h\r\nContent-Length: 99\r\n\r\n{", b"HTTP/1.1 408 "),
+        ):
+            with socket.create_connection((host, int(port)), PATIENCE_S) as sock:
+                sock.sendall(start)
+                assert server.infer() == 1  # nobody waits for them
+                assert sock.makefile("rb").read().startswith(answer)  # to its end
+        assert server.infer() == 1
 
 
 def promote(store: Path, version: int, *options: str) -> subprocess.CompletedProcess[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import threading
@@ -343,3 +344,21 @@ def test_the_manifest_says_what_a_version_is(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "version-000000001" / "version.json").read_text())
     assert (found["id"], found["commit"], found["format"]) == (1, 3, _versions.FORMAT)
     assert {tensor["name"] for tensor in found["tensors"]} == weights().keys()
+
+
+def test_a_disk_that_fills_leaves_nothing_of_a_version(tmp_path: Path) -> None:
+    """A limit of a file's size stands for the disk's: the system refuses what is written in the same place."""
+    versions, folder = Versions(tmp_path / "store"), tmp_path / "folder"
+    versions.publish({"w": np.zeros(1 << 20, np.float32)}, tag="prod")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, old[1]))
+    try:
+        with pytest.raises(StorageError, match="folder"):
+            versions.fetch("prod", folder)
+        with pytest.raises(StorageError, match="version-000000002"):
+            versions.publish({"w": np.random.default_rng(0).normal(0, 1, 1 << 20).astype(np.float32)}, tag="prod")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert list(tmp_path.iterdir()) == [tmp_path / "store"]
+    assert [version.id for version in versions.all()] == [1]
+    assert versions.fetch("prod", folder).id == 1

@@ -14,7 +14,7 @@ Else, with one server, there are as many parameter buffers as to leave one that 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -48,9 +48,12 @@ _KernelCommit = tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray]
 
 
 class Keeper(Protocol):
-    """Answers what concerns the store; None: the shard has the answer."""
+    """Answers what concerns the store; None: the shard has the answer. Says whether it wants a commit's sums, and where."""
 
+    @property
+    def wants_sums(self) -> bool: ...
     def handle(self, request: AnyMessage) -> AnyMessage | None: ...
+    def room(self, size: int) -> np.ndarray | None: ...
 
 
 class _Worker:
@@ -122,6 +125,7 @@ class Shard:
         self._aside: int | None = None  # a parameter buffer that a publisher reads
         self._specs: tuple[CommitSpec, ...] = ()  # what is prepared
         self._sums = np.empty(0, np.uint8)  # room for summed gradients
+        self._aggregated: list[np.ndarray] | None = None  # those of what is prepared, if they were wanted
 
     # What the coordinator says.
 
@@ -171,7 +175,7 @@ class Shard:
 
     def _prepare(self, request: Prepare) -> Prepared:
         foreseen, self._foreseen = self._foreseen, None
-        self._prepared, self._standing = False, None
+        self._prepared, self._standing, self._aggregated = False, None, None
         self._specs = request.commits
         self._target, self._target_half = self._free_side(), self._free_half()
         for number, spec in enumerate(request.commits):
@@ -183,15 +187,24 @@ class Shard:
             self._prepared, self._standing = True, foreseen
             return Prepared()
         sums = []
+        aggregated = (
+            self._room_for_sums(request.commits) if self.keeper is not None and self.keeper.wants_sums else None
+        )
+        count = len(self.part.slices)
         for i, s in enumerate(self.part.slices):
             commits = [self._kernel_commit(spec, i, s) for spec in request.commits]
             is_measured = request.norms and not s.lane.is_averaged
             if is_measured:
                 sums.append(np.empty(_blocks_before(s, s.byte + s.wire_bytes)))
-            bad = self._apply(i, commits, sums=sums[-1] if is_measured else None)
+            bad = self._apply(
+                i,
+                commits,
+                sums=sums[-1] if is_measured else None,
+                aggregated=None if aggregated is None else aggregated[i::count],
+            )
             if bad is not None:
                 return Prepared(self._locate(bad, s))
-        self._prepared = True
+        self._prepared, self._aggregated = True, aggregated
         return Prepared(sums=b"".join(array.tobytes() for array in sums))
 
     def _apply(
@@ -200,6 +213,7 @@ class Shard:
         commits: Sequence[_KernelCommit],
         blocks: tuple[int, int] | None = None,
         sums: np.ndarray | None = None,
+        aggregated: Sequence[np.ndarray] | None = None,
     ) -> tuple[int, int, int] | None:
         """Apply commits to slice i, or to some of its blocks, beside the state; returns what `_kernels.apply` does."""
         s = self.part.slices[i]
@@ -207,7 +221,7 @@ class Shard:
         target = self._kernel_planes(i, s, self._target, self._target_half)
         return _kernels.apply(
             *self._step(s), s.lane.dtype, source, target, commits,
-            threads=self.threads, level=self.level, blocks=blocks, sums=sums,
+            threads=self.threads, level=self.level, blocks=blocks, sums=sums, aggregated=aggregated,
         )  # fmt: skip
 
     def _step(self, s: Slice) -> tuple[str, int]:
@@ -237,7 +251,7 @@ class Shard:
             if self._standing is not None:
                 self._standing.has_counted = True
             self._prepared = False
-        self.commit, self._specs = request.commit, ()
+        self.commit, self._specs, self._aggregated = request.commit, (), None
         return Flipped(self.side)
 
     def _free_side(self) -> int:
@@ -327,44 +341,43 @@ class Shard:
                 )
             return memoryview(self._wires[self._aside].array)
 
-    def prepared_sums(
-        self, room: Callable[[int], np.ndarray | None] | None = None
-    ) -> tuple[tuple[CommitSpec, ...], list[np.ndarray]]:
-        """Return what is prepared and, by commit and slice, the summed gradient in the master dtype, valid until the next call.
-
-        room: of so many bytes, uint8, where all of them are to lie, one behind the other; None: it has none.
-        """
+    def prepared_sums(self) -> tuple[tuple[CommitSpec, ...], list[np.ndarray]]:
+        """Return what is prepared and, by commit and slice, the summed gradient in the master dtype, valid until the next is prepared."""
         with self.lock:
-            specs = self._specs
-            lies = [(s.lane.master, s.elements) for _ in specs for s in self.part.slices]
-            ends = np.cumsum([0, *(count * np.dtype(dtype).itemsize for dtype, count in lies)])
-            size = int(ends[-1])
-            memory = room(size) if room is not None else None
-            if memory is None:
-                if self._sums.nbytes < size:
-                    self._sums = zeroed(size)
-                memory = self._sums
-            arrays = [memory[a:b].view(dtype) for (dtype, _), (a, b) in zip(lies, pairwise(ends), strict=True)]
-            for k, spec in enumerate(specs):
-                for i, s in enumerate(self.part.slices):
-                    table, _, contributions, coefficients = self._kernel_commit(spec, i, s)
-                    _kernels.aggregate(
-                        s.lane.dtype,
-                        table,
-                        contributions,
-                        coefficients,
-                        arrays[k * len(self.part.slices) + i],
-                        threads=self.threads,
-                        level=self.level,
-                    )
+            specs, arrays, count = self._specs, self._aggregated, len(self.part.slices)
+            if arrays is None:  # it was foreseen
+                arrays = self._room_for_sums(specs)
+                for k, spec in enumerate(specs):
+                    for i, s in enumerate(self.part.slices):
+                        table, _, contributions, coefficients = self._kernel_commit(spec, i, s)
+                        _kernels.aggregate(
+                            s.lane.dtype, table, contributions, coefficients, arrays[k * count + i],
+                            threads=self.threads, level=self.level,
+                        )  # fmt: skip
             return specs, arrays
 
+    def _room_for_sums(self, specs: Sequence[CommitSpec]) -> list[np.ndarray]:
+        """Return memory for the summed gradients of commits, by commit and slice, in one piece: a follower's, if it gives any."""
+        lies = [(s.lane.master, s.elements) for _ in specs for s in self.part.slices]
+        ends = np.cumsum([0, *(count * np.dtype(dtype).itemsize for dtype, count in lies)])
+        size = int(ends[-1])
+        memory = self.keeper.room(size) if self.keeper is not None else None
+        if memory is None:
+            if self._sums.nbytes < size:
+                self._sums = zeroed(size)
+            memory = self._sums
+        return [memory[a:b].view(dtype) for (dtype, _), (a, b) in zip(lies, pairwise(ends), strict=True)]
+
     def prepare_again(
-        self, specs: Sequence[tuple[bytes, tuple[tuple[float, ...], ...]]], blobs: list[np.ndarray]
+        self,
+        specs: Sequence[tuple[bytes, tuple[tuple[float, ...], ...]]],
+        blobs: list[np.ndarray],
+        *,
+        threads: int | None = None,
     ) -> list[np.ndarray]:
         """Prepare commits again whose summed gradients are the first of these arrays, uint8; returns the others. Flip follows.
 
-        specs: of each commit its cells and the scalars of each cell. The same bits as when they were made.
+        specs: of each commit its cells and the scalars of each cell. threads: default all. The same bits as when they were made.
         """
         with self.lock:
             slices = self.part.slices if specs else []
@@ -381,7 +394,7 @@ class Shard:
                         *self._step(s), s.lane.master,
                         self._kernel_planes(i, s, self.side, self._half)[first:],
                         self._kernel_planes(i, s, self._target, self._target_half)[first:],
-                        commits, threads=self.threads, level=self.level, check=False,
+                        commits, threads=threads or self.threads, level=self.level, check=False,
                     )  # fmt: skip
                 self._convert_masters(self._target, self._target_half)
             self._prepared = bool(specs)

@@ -284,12 +284,13 @@ class Keeper:
                 self.life += 1
             return not self._leads
 
-    def follow(self, head: bytes, blobs: list[np.ndarray], life: int) -> None:
+    def follow(self, head: bytes, blobs: list[np.ndarray], life: int, *, is_near: bool = False) -> None:
         """Apply a record of the server that this one follows, or keep it until its state is here.
 
         On return the record is here, and is applied whatever the leader does; a large one beside what follows, until the next comes: its
-        blobs are not to be written before that has returned. life: when its connection began. Raises PeerLostError where that is over: the
-        record was under way for long; and what the record before it led to.
+        blobs are not to be written before that has returned. is_near: the leader is on this machine, and needs cores meanwhile. life: when
+        its connection began. Raises PeerLostError where that is over: the record was under way for long; and what the record
+        before it led to.
         """
         with self._turn:
             if self._leads or life != self.life:
@@ -300,7 +301,8 @@ class Keeper:
             elif sum(blob.nbytes for blob in blobs) < _limits.PIECE_BYTES:
                 self._follow(head, blobs)
             else:
-                self._applying = _Applying(partial(self._follow, head, blobs))
+                threads = max(1, self._shard.threads // 2) if is_near else self._shard.threads
+                self._applying = _Applying(partial(self._follow, head, blobs, threads))
 
     def _finish(self) -> None:
         """Wait until what came is applied. Where that failed, this follower has nothing to go on from."""
@@ -312,7 +314,7 @@ class Keeper:
                 self._book = self._pending = None
                 raise
 
-    def _follow(self, head: bytes, blobs: list[np.ndarray]) -> None:
+    def _follow(self, head: bytes, blobs: list[np.ndarray], threads: int | None = None) -> None:
         """A commit is prepared beside the state, and becomes it with the next one: not every server may have it yet."""
         record = _fed.decode(head)
         if isinstance(record, Back):
@@ -329,7 +331,7 @@ class Keeper:
         if record.change.commit == self._book.commit:
             self._book = self._book.after(record.change)
             return
-        self._prepare_again(record, blobs)
+        self._prepare_again(record, blobs, threads)
         self._pending = record.change
 
     def come_back(self, request: Restore) -> tuple[Book | None, LogEnd | None]:
@@ -394,10 +396,10 @@ class Keeper:
                 self._apply(record, entry.blobs())
         return book
 
-    def _prepare_again(self, step: Step, blobs: list[np.ndarray]) -> None:
+    def _prepare_again(self, step: Step, blobs: list[np.ndarray], threads: int | None = None) -> None:
         """Prepare what a commit did here; `Flip` follows."""
         tables = self._shard.tables
-        blobs = self._shard.prepare_again(step.specs, blobs)
+        blobs = self._shard.prepare_again(step.specs, blobs, threads=threads)
         means, now = [], 0.0
         for (number, scalars, now), ids, gradients in zip(step.tables, blobs[::2], blobs[1::2], strict=True):  # noqa: B007
             kept = ids.copy(), gradients.copy()  # until the flip, by when other records lie where this one did
@@ -416,12 +418,20 @@ class Keeper:
 
     # Writing down.
 
+    @property
+    def wants_sums(self) -> bool:
+        """Whether what commits do is written down, or sent to a follower."""
+        return self._has_log or self._feed is not None
+
+    def room(self, size: int) -> np.ndarray | None:
+        """Return memory for the next commit's summed gradients, uint8, from where they need not be copied; None: there is none."""
+        return None if self._feed is None else self._feed.room(size)
+
     def _persist(self, request: Persist) -> Done:
         """Write down what is prepared and gathered; returns when it survives."""
         self._leads = True
         # What was refused may be prepared still.
-        room = self._feed.room if self._feed is not None else None
-        specs, sums = self._shard.prepared_sums(room) if request.swap else ((), [])
+        specs, sums = self._shard.prepared_sums() if request.swap and self.wants_sums else ((), [])
         parts, now = self._shard.tables.gathered()
         step = Step(
             request.change,
@@ -533,7 +543,7 @@ class Feed:
         self._turn = threading.Lock()
         self._is_lost = False
         self._rooms: dict[int, _kernels.Arena] = {}  # memory of the follower's
-        self._number = 0  # of the one that was asked for last
+        self._number = 0  # of the one for the next record
 
     @classmethod
     def to(cls, address: ServerAddress, token: str, lose: Callable[[], None]) -> Feed:
@@ -556,7 +566,6 @@ class Feed:
         if not self._connection.can_share or size < _limits.PIECE_BYTES or self._is_lost:
             return None
         with self._turn:
-            self._number = 1 - self._number  # the other one may be applied still
             arena = self._rooms.get(self._number)
             if arena is None or arena.array.nbytes < size:
                 try:
@@ -572,7 +581,7 @@ class Feed:
             return arena.array[:size]
 
     def send(self, head: bytes, blobs: Sequence[memoryview]) -> None:
-        """Let the follower have a record; returns when it has. What lies in the room that was asked for last does not travel."""
+        """Let the follower have a record; returns when it has. What lies in the room does not travel."""
         with self._turn:
             if self._is_lost:
                 return
@@ -586,9 +595,11 @@ class Feed:
                 answer = self._connection.receive().message
             except HeadwaterError as error:
                 self._lose(error)
-            else:
-                if isinstance(answer, Failed):
-                    self._lose(answer.exception())
+                return
+            if isinstance(answer, Failed):
+                self._lose(answer.exception())
+            elif shared:
+                self._number = 1 - self._number  # what lies in this one may be applied still
 
     def _shared(self, blobs: Sequence[memoryview]) -> Sequence[memoryview]:
         """Return those of the first blobs that lie in the room."""

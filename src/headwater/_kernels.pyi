@@ -36,6 +36,7 @@ def apply(
     level: str,
     blocks: tuple[int, int] | None = None,
     sums: Buffer | None = None,
+    aggregated: Sequence[Buffer] | None = None,
     check: bool = True,
 ) -> tuple[int, int, int] | None:
     """Apply commits in order, in one pass over memory: the state in `source` before them, in `target` after them.
@@ -44,6 +45,8 @@ def apply(
         buffer. The gradient of a run is Σ coefficient·contribution in the master dtype, from the left to the right.
     level: one of simd_levels(), or "auto" for the best. blocks: [first, limit), the only blocks to read and write; None: all.
     sums: float64, one per block: gets what `square_sums` returns for the only commit, at hardly any cost beside the pass.
+    aggregated: of the master dtype, one per commit: gets what `aggregate` gives, for less: contributions are read once. Of what is
+        refused it is garbage.
     check: False takes NaN and infinity as they are; so does a replay of what `aggregate` gave, which may have overflowed.
 
     Returns None; or, when a contribution that counts holds NaN or infinity, the lowest (commit, contribution, element):

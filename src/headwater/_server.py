@@ -199,11 +199,11 @@ class Server(Listener):
         """Of the keeper, where there is one."""
         return 0 if self._keeper is None else self._keeper.life
 
-    def follow(self, head: bytes, blobs: list[np.ndarray], life: int) -> None:
-        """Have what the server that this one follows is about to acknowledge."""
+    def follow(self, head: bytes, blobs: list[np.ndarray], life: int, *, is_near: bool) -> None:
+        """Have what the server that this one follows is about to acknowledge. is_near: that is on this machine."""
         if self._keeper is None:
             raise ProtocolError("Expected a record at a follower, got one at a server of a job without durability.")
-        self._keeper.follow(head, blobs, life)
+        self._keeper.follow(head, blobs, life, is_near=is_near)
 
     def _handler(self, connection: Connection, hello: Hello) -> _Handler:
         if hello.role not in ROLES:
@@ -346,7 +346,8 @@ class _Handler:
                 self._connection.send(Attached(1), fds=(buffer.fd,))
             case Apply() if self.role == "leader":
                 payload, self._incoming = self._incoming, None
-                self._server.follow(message.head, self._blobs(message, payload), self._life)
+                blobs = self._blobs(message, payload)
+                self._server.follow(message.head, blobs, self._life, is_near=message.shared > 0)
                 self._answer(Done())
             case Recall() | Restore() | Pin() | Unpin() if self.role == "coordinator":
                 with _at_work(self._connection):

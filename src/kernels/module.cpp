@@ -233,7 +233,7 @@ std::vector<std::string> simd_levels() {
 
 nb::object apply(const std::string& optimizer_name, int flags, const std::string& wire_name, nb::handle source,
                  nb::handle target, nb::handle commits, int threads, const std::string& level_name,
-                 std::optional<std::pair<int64_t, int64_t>> blocks, nb::handle sums, bool check) {
+                 std::optional<std::pair<int64_t, int64_t>> blocks, nb::handle sums, nb::handle aggregated, bool check) {
   const WireName& wire = wire_of(wire_name);
   const OptimizerName& optimizer = optimizer_of(optimizer_name, flags);
   const Level& level = level_of(level_name);
@@ -301,6 +301,27 @@ nb::object apply(const std::string& optimizer_name, int flags, const std::string
              std::to_string(squares->bytes() / 8) + " sums.");
     }
   }
+  std::vector<Buffer> gradients;  // as they are aggregated, by commit
+  if (!aggregated.is_none()) {
+    for (nb::handle item : CommitBuffers::sequence(aggregated, "aggregated")) {
+      gradients.emplace_back(item, wire.master_formats, wire.master_item, true, "aggregated " + std::to_string(gradients.size()));
+      const Buffer& out = gradients.back();
+      if (out.bytes() != elements * wire.master_item) {
+        refuse("Expected room for " + std::to_string(elements) + " aggregated elements, got " + std::to_string(out.bytes() / wire.master_item) + ".");
+      }
+      bool is_apart = true;
+      for (size_t i = 0; i < expected; i++) is_apart = is_apart && !overlap(out, from[i]) && !overlap(out, to[i]);
+      for (const CommitBuffers& one : held) {
+        for (const Buffer& gradient : one.gradients()) is_apart = is_apart && !overlap(out, gradient);
+      }
+      if (!is_apart) refuse("An aggregated gradient overlaps another buffer.");
+    }
+    if (gradients.size() != plain.size()) {
+      refuse("Expected an aggregated gradient for each of " + std::to_string(plain.size()) + " commits, got " +
+             std::to_string(gradients.size()) + ".");
+    }
+    bytes += covered * wire.master_item;
+  }
   // Commits after the first read the target again: for them it had better be in the cache.
   pass.is_checked = check;
   pass.streamed = plain.size() == 1 && 2 * bytes > kStreamedBytes;
@@ -313,6 +334,9 @@ nb::object apply(const std::string& optimizer_name, int flags, const std::string
       const int64_t at = first + block;
       // First the sums: the gradients are then in the cache for the pass itself.
       if (squares) reinterpret_cast<double*>(squares->data())[at] = level.square_sum(pass.wire, pass.commits[0], elements, at);
+      for (size_t i = 0; i < gradients.size(); i++) {
+        level.aggregate(pass.wire, pass.commits[i], elements, gradients[i].data(), pass.streamed, at);
+      }
       if (level.apply(pass, at)) return true;
       finite = false;
       return false;
@@ -448,7 +472,7 @@ NB_MODULE(_kernels, m) {
   m.attr("BLOCK") = kBlock;
   m.def("simd_levels", &simd_levels);
   m.def("apply", &apply, "optimizer"_a, "flags"_a, "wire"_a, "source"_a, "target"_a, "commits"_a, nb::kw_only(),
-        "threads"_a, "level"_a, "blocks"_a = nb::none(), "sums"_a = nb::none(), "check"_a = true);
+        "threads"_a, "level"_a, "blocks"_a = nb::none(), "sums"_a = nb::none(), "aggregated"_a = nb::none(), "check"_a = true);
   m.def("square_sums", &square_sums, "wire"_a, "runs"_a, "contributions"_a, "coefficients"_a, nb::kw_only(),
         "threads"_a, "level"_a);
   m.def("aggregate", &aggregate, "wire"_a, "runs"_a, "contributions"_a, "coefficients"_a, "out"_a, nb::kw_only(), "threads"_a,
