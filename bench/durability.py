@@ -324,9 +324,8 @@ def logging(fleet: Fleet) -> Answer:
                 fleet, "bench.wreck.half_resting_worker", PARAMETERS, rest_s, address=servers.address
             )
             contestants.append(Contestant(name, resting))
-            rest_s = (
-                1 / contestants[-1].rate()
-            )  # half of a step of one of the two; the same for those who wait for a follower
+            # Half of a step of one of the two; the same for those who wait for a follower.
+            rest_s = 1 / contestants[-1].rate()
         samples = interleave(*contestants)
     samples.show(UNIT)
     checks = []

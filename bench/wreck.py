@@ -163,10 +163,8 @@ class Servers:
     ) -> None:
         if self._observer is not None:
             self._observer.close()
-        for child in [
-            self._coordinator,
-            *self._children,
-        ]:  # the coordinator first: the ends of servers are no losses then
+        # The coordinator first: the ends of servers are no losses then.
+        for child in [self._coordinator, *self._children]:
             if child is not None:
                 end_command(child)
         shutil.rmtree(self.store, ignore_errors=True)

@@ -1,10 +1,12 @@
-"""A disk in memory that loses, tears and spoils what a real one may, by a seed."""
+"""A disk in memory that loses, tears and spoils what a real one may, by a seed; and a way to spoil a file on a real one."""
 
 from __future__ import annotations
 
 import errno
+import os
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from headwater._files import Writer, byte_views, named_failure
@@ -13,6 +15,13 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 SECTOR = 512
+
+
+def cut_off_spilled(folder: Path) -> None:
+    """Cut off the unnamed file to which a table of this process spills in a folder: no row comes back whole."""
+    links = [(link, str(link.readlink())) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    (file,) = [link for link, target in links if target.startswith(str(folder))]
+    os.truncate(file, 0)
 
 
 class _File:

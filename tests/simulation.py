@@ -322,9 +322,8 @@ class World:
         replaced += [(_server.Server, "_listen", lambda server, at: self._listen(server, at))]  # noqa: PLW0108
         replaced += [(_peers.Peers, "_start_beat", lambda peers, at: self._beat(peers, at))]  # noqa: PLW0108
         replaced += [(_limits, "BEAT_LIMIT_S", None)]  # who dies closes its connections
-        replaced += (
-            [(_limits, "PIECE_BYTES", 1)] if self.seed % 2 else []
-        )  # a follower then applies every record in a thread
+        if self.seed % 2:  # a follower then applies every record in a thread
+            replaced += [(_limits, "PIECE_BYTES", 1)]
         for module, name, value in replaced:
             stack.enter_context(mock.patch.object(module, name, value))
         logger = logging.getLogger("headwater")

@@ -506,6 +506,7 @@ def server_process(machine: Machine, store: Path, i: int, servers: int) -> tuple
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
+    """Ask until it is so: other processes bring it about, and nothing tells this one when."""
     deadline = time.monotonic() + PATIENCE_S
     while not is_so():
         assert time.monotonic() < deadline
@@ -593,7 +594,7 @@ def test_a_server_that_takes_long_to_come_back_is_waited_for(tmp_path: Path, mon
         come_back = Keeper.come_back
 
         def slowly(self: Keeper, request: Restore) -> object:
-            time.sleep(0.9)
+            time.sleep(0.9)  # a slow disk: three times as long as who says nothing is waited for
             return come_back(self, request)
 
         monkeypatch.setattr(Keeper, "come_back", slowly)

@@ -634,9 +634,8 @@ def test_a_job_in_a_script_that_is_killed_goes_on_where_it_was(
         assert "no last snapshot" not in output.text
         last = int(re.findall(r"made step (\d+) ", output.text)[-1])
         output = machine.start(*words, str(last + 70))
-        output.wait_for(
-            rf"made step (?:{last + 1}|{last + 2}|{last + 3}) "
-        )  # one or two may have been kept and not said
+        # One or two may have been kept and not said.
+        output.wait_for(rf"made step (?:{last + 1}|{last + 2}|{last + 3}) ")
         seen = last
     assert output.finish() == 0
     assert f"ends at {last + 70} -{last + 70}.0" in output.text

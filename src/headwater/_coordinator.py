@@ -239,7 +239,7 @@ class Coordinator:
             self._changed.wait(left_s)
 
     def _await_joining(self, index: int) -> None:
-        """Whoever is becoming the follower, or is it, may be what this one was before it died: that shows now, or when it is said."""
+        """Let an earlier follower that has died make room: one that is joining notices it by itself, one that is there is looked at."""
         self._changed.notify_all()
         self._changed.wait_for(lambda: index not in self._joining, _limits.RETURN_S)
         follower = self._followers.get(index)

@@ -284,7 +284,7 @@ class Keeper:
                 self.life += 1
             return not self._leads
 
-    def follow(self, head: bytes, blobs: list[np.ndarray], life: int, *, is_near: bool = False) -> None:
+    def follow(self, head: bytes, blobs: list[np.ndarray], life: int, *, is_near: bool) -> None:
         """Apply a record of the server that this one follows, or keep it until its state is here.
 
         On return the record is here, and is applied whatever the leader does; a large one beside what follows, until the next comes: its

@@ -59,7 +59,7 @@ class Welcome(Message, frozen=True, tag=True):
     consistency: Consistency
     servers: tuple[ServerAddress, ...]
     durability: str = (
-        ""  # as `Durability` reads it: the job outlives its servers, and who loses one asks again; empty: it does not
+        ""  # as `Durability` reads it: who loses a server asks again; empty: the job ends with its servers
     )
     is_apart: bool = False  # the coordinator is not the first server
 

@@ -32,7 +32,6 @@ from headwater._errors import (
 )
 from headwater._keeper import Keeper, fold, open_store
 from headwater._listener import Listener
-from headwater._memory import SharedBuffer
 from headwater._messages import (
     AnyMessage,
     Apply,
@@ -76,6 +75,7 @@ from headwater._messages import (
     Waiting,
 )
 from headwater._snapshots import Snapshots
+from headwater._table import Rooms
 from headwater._transport import (
     Address,
     Connection,
@@ -235,7 +235,7 @@ class _Handler:
         self._enrolled: tuple[int, Connection] | None = None  # a server's place, and the way back to it
         self._incoming: np.ndarray | None = None  # a plane that a Put brings
         # Of a server that this one follows, for its records: rooms that it writes to, and what brings the rest.
-        self._rooms: dict[int, SharedBuffer] = {}
+        self._rooms = Rooms()
         self._fed = [np.empty(0, np.uint8) for _ in range(2)]
         self._carried = False  # whether a payload came with the push
         self._desk = server.shard.tables.desk(hello.identity) if hello.role == "table" else None
@@ -339,11 +339,8 @@ class _Handler:
             case FeedLost() if self.role == "server":
                 self._job().lose_follower(message.index)
                 self._answer(Done())
-            case Room() if self.role == "leader" and self._connection.can_share:
-                if message.room not in (0, 1) or not 0 < message.size <= _limits.ROOM_BYTES:
-                    raise ProtocolError(f"Expected room 0 or 1 of up to {_limits.ROOM_BYTES} bytes, got {message}.")
-                buffer = self._rooms[message.room] = SharedBuffer(message.size, "record")
-                self._connection.send(Attached(1), fds=(buffer.fd,))
+            case Room(room=0 | 1, share=True) if self.role == "leader" and self._connection.can_share:
+                self._connection.send(*self._rooms.make_room(message, can_share=True))
             case Apply() if self.role == "leader":
                 payload, self._incoming = self._incoming, None
                 blobs = self._blobs(message, payload)
@@ -389,15 +386,13 @@ class _Handler:
 
     def _blobs(self, message: Apply, payload: np.ndarray | None) -> list[np.ndarray]:
         """Return a record's blobs where they lie."""
-        ends = np.cumsum((0, *message.sizes))
-        room = self._rooms[message.room].array if message.room in self._rooms else np.empty(0, np.uint8)
+        ends, shared = np.cumsum((0, *message.sizes)), message.shared
         rest = np.empty(0, np.uint8) if payload is None else payload
-        whole = message.shared + rest.nbytes == ends[-1] and 0 <= message.shared <= room.nbytes
-        if not whole or message.shared not in ends:
+        if shared + rest.nbytes != ends[-1] or shared not in ends:
             raise ProtocolError(
                 f"Expected a record of {ends[-1]} bytes, got another of {rest.nbytes}: {message.sizes}."
             )
-        shared = message.shared
+        room = self._rooms.piece(message.room, 0, shared) if shared else rest
         return [room[a:b] if b <= shared else rest[a - shared : b - shared] for a, b in pairwise(map(int, ends))]
 
     def _arrived(self, ready: int, size: int) -> None:

@@ -106,9 +106,8 @@ class Snapshots:
                 books = [decode_book(answer.book) for answer in answers if isinstance(answer, Restored)]
                 # A change between two commits that some have and the first has not is given up; its number is not used again.
                 book = msgspec.structs.replace(books[0], serial=max(book.serial for book in books))
-                if not self._can_go_back(
-                    book
-                ):  # the coordinator died before there was a snapshot; whoever takes one waits for us
+                # The coordinator may have died before there was a snapshot. Whoever takes one waits for us.
+                if not self._can_go_back(book):
                     self._take(_Restored(book, ask_each))
                 return book, True
         first: StorageError | None = None
@@ -131,12 +130,13 @@ class Snapshots:
 
     def _can_go_back(self, book: Book) -> bool:
         """Whether the newest snapshot can be read and is of a job in which as much was registered."""
-        before = Book(book.consistency, book.expected)
-        for name in find(self.files, self.path)[:1]:
-            try:
-                before = decode_book(self._manifest(name).book)
-            except StorageError:
-                return False
+        names = find(self.files, self.path)
+        if not names:
+            return book.tensors is None and not book.tables
+        try:
+            before = decode_book(self._manifest(names[0]).book)
+        except StorageError:
+            return False
         return (before.tensors, before.optimizer, before.tables) == (book.tensors, book.optimizer, book.tables)
 
     def _manifest(self, name: str) -> Manifest:

@@ -318,13 +318,14 @@ class Rooms:
             raise ProtocolError(
                 "Expected a batch to come as it was agreed with Room: in shared memory, or as a payload."
             )
-        return self._piece(room, 0, 8 * request.count).view(np.int64)
+        return self.piece(room, 0, 8 * request.count).view(np.int64)
 
     def _rows(self, room: int, count: int, dim: int) -> np.ndarray:
         """Return the rows of a batch, float32 (count, dim)."""
-        return self._piece(room, rows_at(count), batch_bytes(count, dim)).view(np.float32).reshape(count, dim)
+        return self.piece(room, rows_at(count), batch_bytes(count, dim)).view(np.float32).reshape(count, dim)
 
-    def _piece(self, room: int, start: int, stop: int) -> np.ndarray:
+    def piece(self, room: int, start: int, stop: int) -> np.ndarray:
+        """Return so much of a room, uint8. Raises ProtocolError where it has not got that."""
         found = self._rooms.get(room)
         if found is None or not 0 <= start <= stop <= found.nbytes:
             raise ProtocolError(f"Expected a batch that fits its room, got {stop} bytes for room {room}.")

@@ -87,6 +87,7 @@ def main() -> None:
 
 
 def wait_until_back(session: hw.Session) -> None:
+    """Ask until the worker that was killed says so in the job's state, which tells nobody when it changes."""
     while "is back" not in session.state:
         time.sleep(0.01)
 
