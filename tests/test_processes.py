@@ -608,6 +608,17 @@ def test_what_a_killed_server_left_is_removed_by_the_next(machine: Machine) -> N
         output.finish()
 
 
+def test_a_server_that_is_told_to_stop_while_it_starts_leaves_nothing(machine: Machine) -> None:
+    """Here it waits for a coordinator that is nowhere, and listens already."""
+    options = ("--listen", "tcp://127.0.0.1:0", "--join", "tcp://127.0.0.1:1")
+    output = machine.start("-m", "headwater", "server", *options, HEADWATER_TOKEN=TOKEN)
+    deadline = time.monotonic() + LIMIT_S
+    while not list(machine.folder.rglob("socket")):
+        assert time.monotonic() < deadline
+    output.process.send_signal(signal.SIGTERM)
+    assert output.finish() != 0
+
+
 @pytest.mark.parametrize("transport", ["auto", "tcp"])
 def test_a_follower_takes_over_from_a_killed_server(machine: Machine, transport: str) -> None:
     """Whichever of the two servers dies, another one follows; nothing acknowledged is lost."""

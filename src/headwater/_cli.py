@@ -215,7 +215,8 @@ def server(
             "Expected HEADWATER_TOKEN in the environment, got none: other machines could reach this server."
         )
     token = token or secrets.token_hex(16)
-    running = Server(
+    _stop_as_interrupted()
+    with Server(
         address,
         token=token,
         join=Address.parse(join) if join else None,
@@ -229,13 +230,13 @@ def server(
         resumes=resume,
         follows=follow,
         is_apart=coordinator,
-    )
-    words = [f"headwater server listening on {running.address.tcp or running.address.unix}"]
-    if made_up:
-        words.append(
-            f"workers need: export HEADWATER_ADDRESS={running.address.tcp or running.address.unix} HEADWATER_TOKEN={token}"
-        )
-    _serve_until_told(running, words, stop_with_input=stop_with_input)
+    ) as running:
+        words = [f"headwater server listening on {running.address.tcp or running.address.unix}"]
+        if made_up:
+            words.append(
+                f"workers need: export HEADWATER_ADDRESS={running.address.tcp or running.address.unix} HEADWATER_TOKEN={token}"
+            )
+        _serve_until_told(running, words, stop_with_input=stop_with_input)
 
 
 @main.command()
@@ -258,10 +259,11 @@ def replica(job: str, listen: str, tables: str, threads: int, stop_with_input: b
     from headwater._replica import Replica
 
     names = [name for name in tables.split(",") if name]
-    running = Replica(job, listen=listen, tables=names, threads=threads)
-    copied = ", ".join(f"{table.name} ({table.rows:,} rows)" for table in running.stats().tables) or "none yet"
-    words = [f"headwater replica listening on {running.address.tcp or running.address.unix}", f"tables: {copied}"]
-    _serve_until_told(running, words, stop_with_input=stop_with_input)
+    _stop_as_interrupted()
+    with Replica(job, listen=listen, tables=names, threads=threads) as running:
+        copied = ", ".join(f"{table.name} ({table.rows:,} rows)" for table in running.stats().tables) or "none yet"
+        words = [f"headwater replica listening on {running.address.tcp or running.address.unix}", f"tables: {copied}"]
+        _serve_until_told(running, words, stop_with_input=stop_with_input)
 
 
 @main.command()
@@ -531,6 +533,11 @@ def _number(name: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise click.BadParameter(f"{name}={text} is no NAME=NUMBER.", param_hint="--metric") from None
+
+
+def _stop_as_interrupted() -> None:
+    """Let SIGTERM, until something else is to become of it, do what Ctrl+C does: who is still starting cleans up, too."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _serve_until_told(running: Listener, words: list[str], *, stop_with_input: bool) -> None:
