@@ -10,6 +10,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -884,20 +885,66 @@ def test_each_sample_counts_once_in_the_history_that_survives(tmp_path: Path, ki
     """Sample i adds 1 to element i of what is learnt: the sum is 1 everywhere where each has counted once."""
     size, workers = 600, 2
     with cluster_of(tmp_path, kind, servers=2, workers=workers, consistency=hw.asp()) as cluster:
+        restarts = {100: 0, 101: 1, 250: 1, 400: 0, 596: 1}  # once each, by the worker that meets the sample
 
         def work(session: hw.Session) -> None:
             session.register({"w": np.zeros(size, np.float32)}, SGD)
             for batch in session.shard(list(range(size)), epochs=1, batch_size=3, piece=2):
+                for victim in [restarts.pop(i) for i in batch if i in restarts]:
+                    cluster.restart(victim)
                 change = np.zeros(size, np.float32)
                 change[batch] = -1.0
                 session.step({"w": change})
 
-        with cluster.harassed(3, lambda rng: cluster.restart(int(rng.integers(2))), longest_s=0.3):
-            cluster.run(work)
+        cluster.run(work)
+        assert not restarts
         with cluster.connect() as session:
             session.register({"w": np.zeros(size, np.float32)}, SGD)
             found = session.pull()["w"]
             assert np.array_equal(found, np.ones(size, np.float32)), np.flatnonzero(found != 1.0)
+
+
+@pytest.mark.parametrize("consistency", [hw.bsp(), hw.ssp(2), hw.asp()], ids=str)
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_each_sample_counts_once_though_a_worker_is_cut_off_and_comes_back(
+    tmp_path: Path, consistency: hw.Consistency, is_noticed: bool
+) -> None:
+    """Its connection ends in the middle of a step: who is taken for dead gives back what it holds, and hears of that."""
+    size, workers = 300, 2
+    with cluster_of(tmp_path, durability.log(0), workers=workers, consistency=consistency) as cluster:
+        coordinator = cluster.servers[0].coordinator
+        assert coordinator is not None
+        cuts = {0, 100, 101, 250, size - 1}
+
+        def cut(session: hw.Session) -> None:
+            control = socket.socket(fileno=os.dup(session._peers.control.fileno()))
+            control.shutdown(socket.SHUT_RDWR)
+            control.close()
+            worker = coordinator._workers[session._peers.hello.identity]
+            with coordinator._changed:
+                assert not is_noticed or coordinator._changed.wait_for(lambda: not worker.live, PATIENCE_S)
+
+        def work(session: hw.Session) -> int:
+            session.register({"w": np.zeros(size, np.float32)}, hw.optim.SGD(lr=1.0))
+            yielded = 0
+            for batch in session.shard(list(range(size)), epochs=1, batch_size=3, piece=2):
+                yielded += 1
+                change = np.zeros(size, np.float32)
+                change[batch] = -1.0
+                for _ in cuts.intersection(batch):
+                    cuts.difference_update(batch)
+                    cut(session)
+                session.step({"w": change})
+            return yielded
+
+        yielded = sum(cluster.run(work))
+        assert not cuts
+        assert yielded > size // 3 or not is_noticed
+        with cluster.connect() as session:
+            session.register({"w": np.zeros(size, np.float32)}, hw.optim.SGD(lr=1.0))
+            found = session.pull()["w"]
+            means = (1.0, 0.5) if consistency.kind == "bsp" else (1.0,)  # of one push, or of two
+            assert np.isin(found, means).all(), np.flatnonzero(~np.isin(found, means))
 
 
 def test_a_sample_that_was_leased_after_the_job_went_back_counts(tmp_path: Path) -> None:

@@ -499,7 +499,8 @@ class Coordinator:
             if not self._is_ready:
                 raise PeerLostError("Expected every server of the job to live, got the end of one: ask again.")
             kept = "" if self._keep is None else str(self._keep.durability)
-            return Welcome(index, policy.expected, policy.consistency, servers, kept, self._shard is None)
+            leased = {name: leases.had(hello.identity) for name, leases in self.leases.items()}
+            return Welcome(index, policy.expected, policy.consistency, servers, kept, self._shard is None, leased)
 
     def _return(self, worker: Worker) -> None:
         """Take a worker back. What it has sealed and what is not committed is forgotten: it says it again."""
@@ -799,9 +800,7 @@ class Coordinator:
     def seal(self, identity: int, seal: Seal, connection: Connection) -> Committed:
         """Let a push count; returns when its clock is closed and the worker may run its next step."""
         with self._changed:
-            worker = self._require(identity)
-            if connection not in worker.connections:  # what lies in the inbox by now may be another's
-                raise PeerLostError("Expected a seal from a worker as it is now, got one from before it came back.")
+            worker = self._require(identity, connection)
             policy = self._require_policy()
             worker.went_back = False  # it has heard
             if seal.sequence != worker.answered:  # else it has counted, and the answer was lost
@@ -1148,13 +1147,13 @@ class Coordinator:
 
     # Data.
 
-    def lease(self, identity: int, wanted: LeaseTake, tell: Tell) -> Leased:
+    def lease(self, identity: int, wanted: LeaseTake, connection: Connection) -> Leased:
         """Lease a worker a piece of a dataset; None: there is none now or, where it would have waited for one, none to come.
 
         Who waits is not waited for: what it waits for is that the others push, under BSP and SSP too.
         """
         with self._changed:
-            worker, policy = self._require(identity), self._require_policy()
+            worker, policy = self._require(identity, connection), self._require_policy()
             worker.went_back = False  # it has heard
             leases = self._adopt_data(wanted.spec)
             piece = leases.take(identity, wanted.had)
@@ -1178,7 +1177,7 @@ class Coordinator:
                 return piece is not None or not self._at_work(leases, worker)
 
             try:
-                self._wait(is_decided, lambda: [str(w) for w in self._at_work(leases, worker)], tell)
+                self._wait(is_decided, lambda: [str(w) for w in self._at_work(leases, worker)], connection.send)
             finally:
                 worker.is_idle = False
             if piece is not None:
@@ -1342,12 +1341,15 @@ class Coordinator:
         if self._failure is not None:
             raise type(self._failure)(str(self._failure))
 
-    def _require(self, identity: int) -> Worker:
+    def _require(self, identity: int, connection: Connection | None = None) -> Worker:
+        """Return a worker that is a member. connection: it has spoken on this one, which may be from before it came back."""
         self._check_failure()
         worker = self._workers.get(identity)
         if worker is None or not worker.live:
             kind = ProtocolError if self._keep is None else PeerLostError  # of a durable job: it comes back
             raise kind("Expected a worker of this job, got one that is unknown, or was declared dead: start it again.")
+        if connection is not None and connection not in worker.connections:
+            raise PeerLostError("Expected to hear a worker as it is now, got what it said before it came back.")
         return worker
 
     def _require_policy(self) -> Policy:

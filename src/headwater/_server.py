@@ -305,7 +305,7 @@ class _Handler:
             case Initialised():
                 self._answer(self._job().initialised(self._identity, message, self._connection.send))
             case LeaseTake():
-                self._answer(self._job().lease(self._identity, message, self._connection.send))
+                self._answer(self._job().lease(self._identity, message, self._connection))
             case Leave():
                 self._job().end(self._identity)
                 self._answer(Done())

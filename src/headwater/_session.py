@@ -887,7 +887,10 @@ class Session:
     def _return(self) -> None:
         """Connect as the same worker, and go on where the job is."""
         peers = self._peers
-        self.index = peers.reconnect(self.index).index
+        welcome = peers.reconnect(self.index)
+        self.index = welcome.index
+        # Where this worker was taken for dead, others have what it held, and may have used it.
+        taken = [data for name, data in self._leased.items() if welcome.leased.get(name, 0) < data.had]
         tables = self._tables
         if tables is not None:
             for table in tables:
@@ -901,6 +904,8 @@ class Session:
         if self._layout is None or self._dense is None or self._optimizer is None:
             if tables is not None:
                 tables.resume(stages=True)
+            for data in taken:
+                data.rolled_back()
             return
         dense = self._dense
         answer = self._ask_once(Register(self._layout.specs, self._optimizer), Registered)
@@ -911,13 +916,13 @@ class Session:
             answer = self._ask_once(Initialised(), Registered)
         dense.attach_again(answer.side)
         has_counted = self._is_pending and answer.answered == self._sequence
-        is_current = has_counted or not answer.went_back
+        is_current = has_counted or not (answer.went_back or taken)
         if self.consistency.kind == "bsp" and not has_counted:  # a gradient of another clock is of no use
             is_current = is_current and answer.clock == self.clock
         if tables is not None:
             tables.resume(stages=is_current)
         if is_current:
-            for data in self._leased.values() if answer.went_back else ():
+            for data in taken:
                 data.rolled_back()
             if self._is_pending:
                 dense.send(self._seal, pull=self._wants_pull)
