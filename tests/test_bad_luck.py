@@ -31,7 +31,7 @@ from headwater._files import LocalFiles
 from headwater._keeper import Keeper
 from headwater._log import LogReader
 from headwater._messages import Committed, Restore
-from headwater._transport import Address
+from headwater._transport import Address, SocketConnection
 
 SGD = hw.optim.SGD(lr=1.0)
 STEPS, RESUMED = str(WORKERS / "steps.py"), str(WORKERS / "resumed.py")
@@ -917,9 +917,10 @@ def test_each_sample_counts_once_though_a_worker_is_cut_off_and_comes_back(
         cuts = {0, 100, 101, 250, size - 1}
 
         def cut(session: hw.Session) -> None:
-            control = socket.socket(fileno=os.dup(session._peers.control.fileno()))
-            control.shutdown(socket.SHUT_RDWR)
-            control.close()
+            control = session._peers.control
+            assert isinstance(control, SocketConnection)
+            with socket.socket(fileno=os.dup(control.fileno())) as same:
+                same.shutdown(socket.SHUT_RDWR)
             worker = coordinator._workers[session._peers.hello.identity]
             with coordinator._changed:
                 assert not is_noticed or coordinator._changed.wait_for(lambda: not worker.live, PATIENCE_S)

@@ -347,7 +347,7 @@ class Keeper:
             book = decode_book(manifest.book)
             if book.tensors is not None and book.optimizer is not None:
                 shard.handle(Assign(book.tensors, book.optimizer, request.index, request.count, book.consistency))
-                read_dense(self._files, folder, manifest, shard.part, shard.master_planes())
+                read_dense(self._files, folder, manifest, shard.part, shard.master_planes(), threads=shard.threads)
                 shard.loaded(manifest.commit)
             rests = [_rest(manifest, i) for i in range(manifest.servers)]
             for number, spec in enumerate(book.tables):

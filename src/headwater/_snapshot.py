@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -215,32 +216,40 @@ def write_dense(files: Files, folder: str, server: int, part: Part, planes: Plan
     return written
 
 
-def read_dense(files: Files, folder: str, manifest: Manifest, part: Part, planes: Planes) -> None:
-    """Fill arrays like those of `write_dense`, for a part of any number of servers; gaps stay as they are.
+def read_dense(files: Files, folder: str, manifest: Manifest, part: Part, planes: Planes, *, threads: int = 1) -> None:
+    """Fill arrays like those of `write_dense`, for a part of any number of servers; gaps stay as they are. threads: files read at once.
 
     The model and the optimizer must be the saved ones, as `Manifest.check` finds. Raises StorageError naming the file that is missing,
     torn or rotten; then the arrays hold anything.
     """
     mine = {p.name: p for p in _pieces(part, ["master"])}
-    layout = manifest.layout
-    for server in range(manifest.servers):
-        theirs = layout.part(server, manifest.servers)
-        for name, kind in _dense_files(server, manifest.optimizer.slots if manifest.optimizer is not None else ()):
-            pieces = [(p, *_shared(p, mine.get(p.name))) for p in _pieces(theirs, kind)]
-            if not any(start < stop for _, start, stop in pieces):
-                continue
-            with reading(folder, name):
-                source = Source(files, folder, manifest.file(folder, name))
-                source.skip_header(sum(p.bytes for p, _, _ in pieces))
-                for p, start, stop in pieces:
-                    item = np.dtype(p.dtype).itemsize
-                    source.skip((start - p.start) * item)
-                    if start < stop:
-                        ours = mine[p.name]
-                        at = ours.at + start - ours.start
-                        source.fill(planes[p.plane][ours.slice][at : at + stop - start])
-                    source.skip((p.start + p.size - stop) * item)
-                source.finish()
+
+    def read(name: str, pieces: Sequence[_Piece]) -> None:
+        shared = [(p, *_shared(p, mine.get(p.name))) for p in pieces]
+        if not any(start < stop for _, start, stop in shared):
+            return
+        with reading(folder, name):
+            source = Source(files, folder, manifest.file(folder, name))
+            source.skip_header(sum(p.bytes for p in pieces))
+            for p, start, stop in shared:
+                item = np.dtype(p.dtype).itemsize
+                source.skip((start - p.start) * item)
+                if start < stop:
+                    ours = mine[p.name]
+                    at = ours.at + start - ours.start
+                    source.fill(planes[p.plane][ours.slice][at : at + stop - start])
+                source.skip((p.start + p.size - stop) * item)
+            source.finish()
+
+    slots = manifest.optimizer.slots if manifest.optimizer is not None else ()
+    with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
+        tasks = [
+            pool.submit(read, name, _pieces(manifest.layout.part(server, manifest.servers), kind))
+            for server in range(manifest.servers)
+            for name, kind in _dense_files(server, slots)
+        ]
+    for task in tasks:
+        task.result()
 
 
 def _shared(theirs: _Piece, ours: _Piece | None) -> tuple[int, int]:
