@@ -30,8 +30,12 @@ def _nothing_left_behind() -> Iterator[None]:
     yield
     for thread in set(threading.enumerate()) - threads:
         thread.join(JOIN_S)
+    if _descriptors() - descriptors:  # held by a cycle, an exception with its frames for instance: not kept open
+        gc.collect()
+        gc.freeze()  # what lives on is not looked through after each test: that takes most of a second
     if _descriptors() - descriptors:
-        gc.collect()  # held by a cycle, an exception with its frames for instance: not kept open
+        gc.unfreeze()
+        gc.collect()
     left = {thread.name for thread in set(threading.enumerate()) - threads if thread.is_alive()}
     left |= _descriptors() - descriptors | _children() - children
     assert not left, f"left behind: {', '.join(sorted(left))}"
