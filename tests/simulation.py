@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import os
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -322,6 +323,7 @@ class World:
         replaced += [(_server.Server, "_listen", lambda server, at: self._listen(server, at))]  # noqa: PLW0108
         replaced += [(_peers.Peers, "_start_beat", lambda peers, at: self._beat(peers, at))]  # noqa: PLW0108
         replaced += [(_limits, "BEAT_LIMIT_S", None)]  # who dies closes its connections
+        replaced += [(os, "sched_getaffinity", lambda _: {0})]  # what would share the work with threads of a pool
         if self.seed % 2:  # a follower then applies every record in a thread
             replaced += [(_limits, "PIECE_BYTES", 1)]
         for module, name, value in replaced:

@@ -119,7 +119,7 @@ def test_any_number_of_servers_reads_what_any_other_wrote(layout: Layout, before
     assert found.steps == (7,) * len(layout.specs)
     for i in range(after):
         ours = planes(layout, i, after)
-        _snapshot.read_dense(files, "jobs/saved", found, layout.part(i, after), ours)
+        _snapshot.read_dense(files, "jobs/saved", found, layout.part(i, after), ours, threads=after)
         for plane, arrays in planes(layout, i, after, filled=True).items():
             for array, expected in zip(ours[plane], arrays, strict=True):
                 np.testing.assert_array_equal(array, expected, strict=True)

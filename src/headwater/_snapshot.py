@@ -242,14 +242,15 @@ def read_dense(files: Files, folder: str, manifest: Manifest, part: Part, planes
             source.finish()
 
     slots = manifest.optimizer.slots if manifest.optimizer is not None else ()
+    parts = (manifest.layout.part(server, manifest.servers) for server in range(manifest.servers))
+    found = [(name, _pieces(p, kind)) for i, p in enumerate(parts) for name, kind in _dense_files(i, slots)]
+    if threads == 1:
+        for each in found:
+            read(*each)
+        return
     with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
-        tasks = [
-            pool.submit(read, name, _pieces(manifest.layout.part(server, manifest.servers), kind))
-            for server in range(manifest.servers)
-            for name, kind in _dense_files(server, slots)
-        ]
-    for task in tasks:
-        task.result()
+        for task in [pool.submit(read, *each) for each in found]:
+            task.result()
 
 
 def _shared(theirs: _Piece, ours: _Piece | None) -> tuple[int, int]:
