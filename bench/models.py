@@ -40,7 +40,7 @@ class Family(NamedTuple):
 FAMILIES = {
     "GPT, nats per character": Family("gpt", 8, ("--small", "--steps", "200"), r"held out ([\d.]+) nats"),
     "BERT, % of topics": Family("bert", 4, ("--epochs", "1", "6"), r"topic of ([\d.]+)%"),
-    "ResNet, % of digits": Family("resnet", 32, ("--epochs", "8"), r"reads ([\d.]+)%", 97.0),
+    "ResNet, % of digits": Family("resnet", 32, ("--epochs", "6"), r"reads ([\d.]+)%", 97.0),
     "Inception, % of digits": Family("inception", 32, ("--epochs", "6"), r"reads ([\d.]+)%", 97.0),
 }
 

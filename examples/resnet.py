@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 import headwater as hw
 
 EVALUATE_EVERY = 100  # steps
+SMOOTHING = 0.1  # of labels, that a network with few digits does not get too sure of them (Szegedy et al. 2015b, section 7)
 
 
 def convolution(before: int, after: int, size: int = 3, stride: int = 1) -> nn.Sequential:
@@ -76,7 +77,7 @@ def train(
     steps = options.epochs * len(loader) // session.workers
     torch.manual_seed(hash((options.seed, session.index)))  # moves other digits in each worker
     for images, labels in session.shard(loader, epochs=options.epochs, seed=options.seed):
-        loss = functional.cross_entropy(model(images), labels)
+        loss = functional.cross_entropy(model(images), labels, label_smoothing=SMOOTHING)
         loss.backward()
         set_rate(optimizer, rate * share_of_peak(session.clock, steps, warm_up=steps // 4))
         optimizer.step()  # push gradients, pull parameters
