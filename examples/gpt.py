@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from schedule import Run, share_of_batch
+from schedule import Run, adamw
 from text import VOCABULARY, Tokenizer, read_text
 from torch import Tensor, nn
 from torch.nn import functional
@@ -161,8 +161,7 @@ def make_optimizer(model: nn.Module, session: hw.Session) -> Optimizer:
     """Put the model's parameters under the job's care: from here on they are the same in all workers."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]  # norms: they are not to decay
-    rate = PEAK_RATE * share_of_batch(session) ** 0.5
-    settings = hw.optim.AdamW(lr=rate, betas=(0.9, 0.95), weight_decay=0.1, clip_norm=1.0)
+    settings = adamw(session, PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.1, clip_norm=1.0)
     groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     optimizer: Optimizer = hw.torch.Optimizer(model, settings, groups=groups, session=session)
     return optimizer

@@ -28,6 +28,22 @@ def share_of_batch(session: hw.Session) -> float:
     return 1.0 if session.consistency == hw.bsp() else 1 / session.workers
 
 
+def adamw(
+    session: hw.Session, rate: float, *, betas: tuple[float, float], weight_decay: float, clip_norm: float
+) -> hw.optim.AdamW:
+    """Return what these settings, those of a step of the whole batch, are for the job's steps.
+
+    A step made from a part of the batch is smaller and forgets less of the squares and the weights (Malladi et al. 2022). Where nobody
+    waits gradients come late, which is a momentum of its own (Mitliagkas et al. 2016): half as much again is left out of the mean.
+    """
+    share = share_of_batch(session)
+    if share == 1:
+        return hw.optim.AdamW(lr=rate, betas=betas, weight_decay=weight_decay, clip_norm=clip_norm)
+    smaller = share**0.5
+    betas = (1 - 1.5 * (1 - betas[0]), 1 - share * (1 - betas[1]))
+    return hw.optim.AdamW(lr=rate * smaller, betas=betas, weight_decay=weight_decay * smaller, clip_norm=clip_norm)
+
+
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the learning rate of a step that is about to be made.
 
