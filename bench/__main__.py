@@ -11,10 +11,7 @@ import time
 from pathlib import Path
 
 from bench import core, deploy, deploy_serving, deploy_tables, durability, keras, models, report, tables
-from bench.harness import BenchError, Fleet
-
-#: One compute thread per process, as two workers on two cores need, and the token of every server of this run.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+from bench.harness import ENVIRONMENT, BenchError, Fleet
 
 FIGURES = core.FIGURES | tables.FIGURES | durability.FIGURES | keras.FIGURES | models.FIGURES
 FIGURES |= deploy.FIGURES | deploy_serving.FIGURES | deploy_tables.FIGURES
@@ -49,7 +46,9 @@ def main(names: list[str]) -> int:
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.path.append(str(HOME / "examples"))  # inherited as what follows
-    os.environ.update(ENVIRONMENT, HEADWATER_TOKEN=secrets.token_hex(16))  # inherited by every process of the run
+    os.environ.update(
+        ENVIRONMENT, HEADWATER_TOKEN=secrets.token_hex(16)
+    )  # of every server; inherited by every process of the run
     machine = report.machine()
     try:
         results = [measure(name, machine) for name in names or FIGURES]

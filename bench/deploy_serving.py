@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 
 from bench.core import Answer
-from bench.harness import BenchError, Fleet, Samples, read_line
+from bench.harness import ENVIRONMENT, BenchError, Fleet, Samples, read_line
 from bench.load import Client, Seen
 from bench.replica import LAYERS
 from bench.report import Check
@@ -164,7 +164,7 @@ def swaps(fleet: Fleet, windows: int = WINDOWS) -> Answer:
     client.open(rate, 2.0, SEED)
     for number in range(windows):
         for is_swapping in (True, False) if number % 2 else (False, True):
-            if not is_swapping and number % max(windows // WINDOWS, 1):  # of many windows, some in between
+            if not is_swapping and number % min(windows // WINDOWS, 2):  # of many, every second
                 continue
             if is_swapping:
                 with swapping(fleet, store, names):
@@ -472,6 +472,7 @@ def main(words: list[str]) -> None:
         return
     if len(words) != 2 or words[0] != "--swaps":
         raise SystemExit(__doc__)
+    os.environ.update(ENVIRONMENT)
     with Fleet() as fleet:
         checks, beside = swaps(fleet, round(int(words[1]) * SWAP_EVERY_S / WINDOW_S))
     for check in checks:

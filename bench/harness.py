@@ -29,6 +29,8 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, NamedTuple
 
+#: Of every process of a run: one compute thread, as two workers on two cores need.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 ROUNDS = 5
 ROUNDS_MIN = 3  # however slow the machine is
 BUDGET_S = 110.0  # no round begins later than so long after the first

@@ -214,6 +214,15 @@ class World:
             if owner is process:
                 del self.listeners[address]
 
+    def cut(self, process: Process) -> None:
+        """Let some connections of a process break; it and whoever is behind them live on."""
+        for end in list(process.ends):
+            if self.random.random() < 0.7:
+                end.has_ended = end.other.has_ended = True
+                self.wake(end._readers)
+                self.wake(end.other._readers)
+        self.say(f"{process} is cut off")
+
     def step(self) -> None:
         """Something that others can see is about to happen."""
         task = self.current

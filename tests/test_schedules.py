@@ -55,8 +55,9 @@ LIMIT_S, LIMIT_STEPS = 900.0, 150_000
 class Push:
     """One push, as its worker knows it."""
 
-    def __init__(self, slot: int, identity: int, kind: str) -> None:
+    def __init__(self, slot: int, identity: int, kind: str, item: int | None = None) -> None:
         self.slot, self.identity, self.kind = slot, identity, kind  # good, nan, empty, rows
+        self.item = item  # of the data, that it uses
         self.fate = "open"  # acked, refused, void, taken back, anew
         self.commit = self.accepted = self.sequence = 0
         self.has_staged = False
@@ -120,11 +121,15 @@ class Job:
         self.disk_failed = False  # errors are to be expected
         self.restored_count = 0
         self.spoiled: tuple[str, int, int] | None = None  # the bit of the only snapshot that was flipped
+        more = self.more = random.Random(seed ^ 0xDA7A)  # what a seed decided before there was this it decides still
+        self.items = more.choice((0, 0, 5, 12))  # of data that is leased; 0: there is none
+        self.piece = more.choice((1, 2, 3))
+        self.times_back_when_done: int | None = None  # by the first worker
         self.faults = rng.choice((0, 1, 2, 4, 6))
         self.ambushes = rng.choice((0, 1, 2, 3)) if is_replicated else 0
         world.say(
             f"{self.durability}, {self.count} servers, {self.workers} workers, {self.consistency}, {self.optimizer}, "
-            f"tables {self.tables}, {self.faults} faults"
+            f"tables {self.tables}, {self.items} items of data, {self.faults} faults"
         )
 
     @property
@@ -287,6 +292,12 @@ class Job:
                     kind, 2, optimizer=hw.optim.SGD(lr=1.0), initial=hw.Constant(0.0), consistency=wish
                 )
             session.register(INITIAL, self.optimizer, averaged=AVERAGED)
+            if self.items:
+                for item in session.shard(list(range(self.items)), epochs=1, piece=self.piece):
+                    self.one_step(session, identity, tables, item)
+                if self.times_back_when_done is None:
+                    self.times_back_when_done = self.times_back
+                self.left[i] = 0
             while self.left[i]:
                 self.one_step(session, identity, tables)
                 self.left[i] -= 1
@@ -305,11 +316,11 @@ class Job:
                 with_session._is_closed = True  # its process is gone
         self.world.kill(process)
 
-    def one_step(self, session: Worker, identity: int, tables: dict[str, hw.Table]) -> None:
+    def one_step(self, session: Worker, identity: int, tables: dict[str, hw.Table], item: int | None = None) -> None:
         rng = self.rng
-        session.said_void = False
+        session.said_void = session._is_void  # it was told while it waited for data
         kind = rng.choice(("good", "good", "good", "good", "nan", "empty"))
-        push = self.new_push(identity, kind)
+        push = self.new_push(identity, kind, item)
         for name, table in tables.items():
             if rng.random() < 0.5:
                 continue
@@ -344,9 +355,9 @@ class Job:
         push.fate, push.commit, push.accepted = "acked", commit, session.accepted
         push.sequence = session._sequence
 
-    def new_push(self, identity: int, kind: str) -> Push:
+    def new_push(self, identity: int, kind: str, item: int | None = None) -> Push:
         assert len(self.pushes) < SLOTS, "more pushes than elements"
-        push = Push(len(self.pushes), identity, kind)
+        push = Push(len(self.pushes), identity, kind, item)
         self.pushes.append(push)
         return push
 
@@ -441,6 +452,23 @@ class Job:
                 )
             assert not seen or max(seen) - min(seen) < 1e-3, f"{push} has counted differently: {seen}"
 
+    def check_items(self) -> None:
+        """Each item of the data was used by one push that counts, where the job did not go back when a worker was done already."""
+        state: dict[Any, Any] = {}
+        for shard in self.shards():
+            state.update(state_of(shard))
+        learnt = state["master", "float32"]
+        for item in range(self.items):
+            pushes = [push for push in self.pushes if push.item == item]
+            sure = [push for push in pushes if push.fate == "acked"]
+            can_tell = self.optimizer.kind == "sgd"
+            of_the_dead = [push for push in pushes if push.fate in ("open", "refused")]  # or gone back behind a refusal
+            sure += [push for push in of_the_dead if push.kind == "good" and can_tell and learnt[push.slot] != 0]
+            perhaps = [push for push in of_the_dead if push.kind != "good" or not can_tell]
+            assert len(sure) <= 1, f"item {item} was used twice, by {sure}"
+            if self.times_back_when_done == self.times_back:
+                assert sure or perhaps, f"item {item} was not used, but by {pushes}"
+
     @property
     def coordinator(self) -> Coordinator:
         server = self.apart if self.is_replicated else self.servers[0]
@@ -466,6 +494,14 @@ class Job:
         acts += [self.lose_apart, self.lose_leaders, self.lose_leaders] if self.is_replicated else []
         for act in self.rng.sample(acts, self.rng.choice((0, 0, 1, 1, 2, 3))):
             self.world.alarm(self.rng.randrange(100, 4000), act)
+        for _ in range(self.more.choice((0, 0, 1, 3))):
+            self.world.alarm(self.more.randrange(100, 4000), self.cut_worker)
+
+    def cut_worker(self) -> None:
+        """A worker's connections break; it is taken for dead, and comes back."""
+        process = self.more.choice(self.worker_processes)
+        if process is not None and process.is_live:
+            self.world.cut(process)
 
     def take_snapshot(self) -> None:
         process, server = self.server_processes[0], self.servers[0]
@@ -654,6 +690,8 @@ def run(seed: int, *, is_replicated: bool = False) -> World:
                 world.alarms.clear()
                 if job.coordinator._failure is None:
                     job.check_counts([spec.name for spec in job.coordinator._tables])
+                    if job.items:
+                        job.check_items()
                 if job.has_followers():
                     job.lose_leaders()
                     world.run(job.is_whole, world.now + LIMIT_S, LIMIT_STEPS)

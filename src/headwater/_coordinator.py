@@ -173,7 +173,7 @@ class Coordinator:
         self._tables: list[TableSpec] = []
         self._serial = 0  # of the last change of the book
         self._leases_written = b""
-        self._left: set[int] = set()  # identities, since the last commit that was written down
+        self._unnoted: set[int] = set()  # identities that have come or gone since a change of the book was written down
         self._initialiser: int | None = None
         self._is_initialised = False
         self._commit = self._side = 0
@@ -424,6 +424,12 @@ class Coordinator:
             worker.adopt(counted)
             if worker.live:
                 policy.join(identity, worker.index, sequence=counted.sequence, clock=counted.clock)
+            if worker.live != counted.live:
+                self._unnoted.add(identity)
+        for leases in self.leases.values():
+            for identity in leases.holders():  # who is gone holds nothing; if it comes back it hears of that
+                if identity not in self._workers or not self._workers[identity].live:
+                    leases.give_back(identity)
         for worker in self._workers.values():
             worker.went_back = not is_all
         away = [worker for worker in self._workers.values() if worker.live]
@@ -511,6 +517,8 @@ class Coordinator:
             self._ask(Detach(-1))  # nobody: why it came back is not known, and a server that is silent shows now
         if not worker.live and any(w.live and w.index == worker.index for w in self._workers.values()):
             worker.index = self._free_index()
+        if not worker.live:
+            self._unnoted.add(worker.identity)
         worker.live, worker.is_away = True, False
         if self._initialiser == worker.identity and not self._is_initialised:
             self._initialiser = None  # it did not hear that it was asked
@@ -576,7 +584,7 @@ class Coordinator:
         if worker is None or not worker.live or (connection is not None and connection not in worker.connections):
             return
         worker.live = worker.is_away = False
-        self._left.add(identity)
+        self._unnoted.add(identity)
         if close:
             for each in worker.connections:
                 each.close()
@@ -1037,12 +1045,12 @@ class Coordinator:
         )
 
     def _next_change(self, commit: int, workers: dict[int, Counted], **changes: Any) -> Change:
-        """Return the next change of the book, of workers that have left since the last one, too."""
+        """Return the next change of the book, of workers that have come or gone since the last one, too."""
         self._serial += 1
-        for identity in self._left:
+        for identity in self._unnoted:
             worker = self._workers[identity]
-            workers[identity] = msgspec.structs.replace(workers.get(identity, worker.counted()), live=False)
-        self._left.clear()
+            workers[identity] = msgspec.structs.replace(workers.get(identity, worker.counted()), live=worker.live)
+        self._unnoted.clear()
         leases = self._encoded_leases()
         if leases != self._leases_written:
             changes["leases"] = self._leases_written = leases
@@ -1063,7 +1071,7 @@ class Coordinator:
         """A worker has ended its data: let it go, for good."""
         self.leave(identity, close=False)
         with self._changed:
-            if self._is_ready and self._left and self._is_initialised:
+            if self._is_ready and self._unnoted and self._is_initialised:
                 with suppress(PeerLostError):  # then the others are told with the next change, or wait for it a while
                     self._keep_change()
 
@@ -1158,6 +1166,8 @@ class Coordinator:
             leases = self._adopt_data(wanted.spec)
             piece = leases.take(identity, wanted.had)
             if piece is not None:
+                if worker.answered < 0:  # else the book knows it
+                    self._unnoted.add(identity)
                 self._keep_change()
             # With an optimizer on the workers nobody may miss a commit: such a worker ends its data instead of waiting.
             may_wait = wanted.wait and (self._optimizer is None or self._optimizer.kind != "mean")
