@@ -103,11 +103,16 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
     (Here(ServerAddress("tcp://[::1]:1", "", "boot/0")), "92a44865726593ad7463703a2f2f5b3a3a315d3a31a0a6626f6f742f30"),
     (
         Welcome(
-            1, 2, bsp(), (ServerAddress("tcp://127.0.0.1:7077", "unix:///s", "boot/0"),), "log", leased={"data": 12}
+            1,
+            2,
+            bsp(),
+            (ServerAddress("tcp://127.0.0.1:7077", "unix:///s", "boot/0"),),
+            "log",
+            leased={"data": (7, 12)},
         ),
         (
             "98a757656c636f6d65010292a3627370009193b47463703a2f2f3132372e302e302e313a37303737a9756e69783a2f2f2f73a6626f6f742f30a3"
-            "6c6f67c281a4646174610c"
+            "6c6f67c281a46461746192070c"
         ),
     ),
     (Failed("LayoutError", "Expected é."), "93a64661696c6564ab4c61796f75744572726f72ac457870656374656420c3a92e"),

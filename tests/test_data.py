@@ -230,7 +230,7 @@ def test_going_back_to_an_earlier_commit_uses_again_what_it_had_not_used(is_load
         train(session, data, used, steps=7)
         leases["data"] = msgspec.msgpack.decode(state, type=Leases)
         leases["data"].go_back()
-        data.rolled_back()
+        data.roll_back(0)
         train(session, data, kept)
         assert kept == every_use(epochs=2)
 

@@ -505,7 +505,7 @@ class Coordinator:
             if not self._is_ready:
                 raise PeerLostError("Expected every server of the job to live, got the end of one: ask again.")
             kept = "" if self._keep is None else str(self._keep.durability)
-            leased = {name: leases.had(hello.identity) for name, leases in self.leases.items()}
+            leased = {name: leases.counts(hello.identity) for name, leases in self.leases.items()}
             return Welcome(index, policy.expected, policy.consistency, servers, kept, self._shard is None, leased)
 
     def _return(self, worker: Worker) -> None:

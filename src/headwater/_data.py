@@ -74,6 +74,7 @@ class LeasedData(Iterator[Any]):
         self.epoch = 0  #: of what was yielded last; near an epoch's end workers are in two
         self.had = 0  #: units leased
         self.used = 0  #: units yielded: what the next push uses up
+        self._counted = 0  # units used when what was not used came back last
         self._due: deque[tuple[int, int]] = deque()  # (epoch, unit), leased and not yet yielded
         self._sent = 0  # of these, given to the reader
         self._reader: Iterable[Any] | None = None
@@ -111,11 +112,11 @@ class LeasedData(Iterator[Any]):
         self.had += piece.stop - piece.start
         self._due.extend((piece.epoch, unit) for unit in range(piece.start, piece.stop))
 
-    def rolled_back(self) -> None:
-        """The job went back to an earlier commit: what this worker held is leased anew, and is counted from 0."""
+    def roll_back(self, counted: int | None = None) -> None:
+        """What pushes that count did not use comes again, or others have it. counted: so many units were used; None: as last time."""
         self._restart()
         self._due.clear()
-        self.had = self.used = 0
+        self.had = self.used = self._counted = self._counted if counted is None else counted
         self._is_over = False
 
     def _restart(self) -> None:

@@ -94,9 +94,10 @@ class Leases(msgspec.Struct):
         """Identities of the workers that hold units."""
         return [worker for worker, held in self.held.items() if held.pieces]
 
-    def had(self, worker: int) -> int:
-        """Units leased to a worker in total, since it last gave any back."""
-        return (self.held.get(worker) or Held()).had
+    def counts(self, worker: int) -> tuple[int, int]:
+        """Units that a worker has used and got in total, since it last gave any back."""
+        held = self.held.get(worker) or Held()
+        return held.used, held.had
 
     def take(self, worker: int, had: int) -> Piece | None:
         """Lease the worker a piece; None: all the others are used or held, and some may come free again.

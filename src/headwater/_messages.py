@@ -62,9 +62,8 @@ class Welcome(Message, frozen=True, tag=True):
         ""  # as `Durability` reads it: who loses a server asks again; empty: the job ends with its servers
     )
     is_apart: bool = False  # the coordinator is not the first server
-    leased: dict[
-        str, int
-    ] = {}  # units of data that this worker got so far; fewer than it knows of: they were given back
+    #: Units of each dataset that this worker has used and got. Got fewer than it knows of: they were given back.
+    leased: dict[str, tuple[int, int]] = {}
 
 
 class Failed(Message, frozen=True, tag=True):

@@ -427,7 +427,7 @@ class Session:
         if self._is_void:
             self._sequence += 1  # what servers hold of this step belongs to no other
             for data in self._leased.values():
-                data.rolled_back()  # what was yielded for this step comes again
+                data.roll_back()  # what was yielded for this step comes again
             self.pull_parameters()
             self._drop_step()  # the next one is computed from these, even if the job came back meanwhile
             return
@@ -890,7 +890,8 @@ class Session:
         welcome = peers.reconnect(self.index)
         self.index = welcome.index
         # Where this worker was taken for dead, others have what it held, and may have used it.
-        taken = [data for name, data in self._leased.items() if welcome.leased.get(name, 0) < data.had]
+        counts = {name: welcome.leased.get(name, (0, 0)) for name in self._leased}
+        taken = {name for name, data in self._leased.items() if counts[name][1] < data.had}
         tables = self._tables
         if tables is not None:
             for table in tables:
@@ -904,8 +905,8 @@ class Session:
         if self._layout is None or self._dense is None or self._optimizer is None:
             if tables is not None:
                 tables.resume(stages=True)
-            for data in taken:
-                data.rolled_back()
+            for name in taken:
+                self._leased[name].roll_back(counts[name][0])
             return
         dense = self._dense
         answer = self._ask_once(Register(self._layout.specs, self._optimizer), Registered)
@@ -922,14 +923,14 @@ class Session:
         if tables is not None:
             tables.resume(stages=is_current)
         if is_current:
-            for data in taken:
-                data.rolled_back()
+            for name in taken:
+                self._leased[name].roll_back(counts[name][0])
             if self._is_pending:
                 dense.send(self._seal, pull=self._wants_pull)
             return
         self._tell_lost(answer)
-        for data in self._leased.values():
-            data.rolled_back()
+        for name, data in self._leased.items():
+            data.roll_back(counts[name][0])
         peers.clock, self._commit = answer.clock, answer.commit
         self._is_void = not self._is_pending  # what is being computed is from a state that is no more
         self._is_pending = False
