@@ -154,6 +154,8 @@ class FaultyFiles:
         with named_failure("sync", path):
             file = self._file(path)
             file.is_broken = file.is_broken and start > file.synced
+            zeros = max(stop - len(file.data), 0)  # that stood there already, and are written now
+            file.data, file.ahead = file.data + bytes(zeros), file.ahead - zeros
             self._sync(file)
 
     def sync_folder(self, path: str) -> None:

@@ -303,7 +303,8 @@ class Coordinator:
                     raise PeerLostError("Expected the follower to live, got its end.")
                 generation, structure = self._generation, self._structure
             taken = keep.take(self, lambda i: FeedTo(follower.address) if i == index else SnapshotGet())
-            connection.send(Restore(taken.path.rpartition("/")[2], taken.commit, index, self._server_count))
+            name = taken.path.rpartition("/")[2]
+            connection.send(Restore(name, taken.commit, index, self._server_count, follows=True))
             answer = _hear(connection).message
             if isinstance(answer, Failed):
                 raise answer.exception()
@@ -435,7 +436,10 @@ class Coordinator:
         away = [worker for worker in self._workers.values() if worker.live]
         policy.begin([w.index for w in self._workers.values() if not w.live] if away else [])
         if self._workers:
-            threading.Thread(target=self._let_go, args=(self._generation,), name="return", daemon=True).start()
+            self._start_letting_go()
+
+    def _start_letting_go(self) -> None:
+        threading.Thread(target=self._let_go, args=(self._generation,), name="return", daemon=True).start()
 
     def _let_go(self, generation: int) -> None:
         """Wait for workers to come back, and let those go who do not; nor is anybody waited for who had not come yet.
@@ -497,6 +501,8 @@ class Coordinator:
                 if worker is not None and hello.returns:
                     self._return(worker)
                 else:
+                    if hello.returns and not policy.started:  # the job is not new: others may have been done with it
+                        self._start_letting_go()
                     worker = self._workers[hello.identity] = Worker(hello, self._place(hello))
                     worker.went_back = hello.returns and self._keep is not None and not self._keep.has_log
                 worker.connections = [connection]

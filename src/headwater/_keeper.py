@@ -237,6 +237,8 @@ class Keeper:
             self._pending = None
             with self._turn:
                 self._book, queued, self._queued = book, self._queued or [], None
+                if not request.follows:
+                    queued, self.life = [], self.life + 1  # whoever fed this one is no more
                 for head, blobs in queued:
                     self._follow(head, blobs)
         return Restored(b"" if book is None else msgspec.msgpack.encode(book))

@@ -293,7 +293,8 @@ class Recalled(Message, frozen=True, tag=True):
 class Restore(Message, frozen=True, tag=True):
     """Coordinator to server: become what this snapshot and the commits up to this one make of you. Answer: Restored.
 
-    "" for the snapshot: the store is empty, begin; or, `is_warm`, begin from what you have.
+    "" for the snapshot: the store is empty, begin; or, `is_warm`, begin from what you have. `follows`: the job goes on meanwhile, and what
+    it does is sent by the server that is followed; else all servers are told so, and what was sent before is given up.
     """
 
     snapshot: str
@@ -301,6 +302,7 @@ class Restore(Message, frozen=True, tag=True):
     index: int
     count: int
     is_warm: bool = False
+    follows: bool = False
 
 
 class Restored(Message, frozen=True, tag=True):
