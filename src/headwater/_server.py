@@ -194,15 +194,16 @@ class Server(Listener):
                 break
         self.stopped.set()
 
-    @property
-    def life(self) -> int:
-        """Of the keeper, where there is one."""
-        return 0 if self._keeper is None else self._keeper.life
+    def begin_following(self) -> int:
+        """Have what a server does from now on, and nothing that another has sent before; returns what its records are known by."""
+        if self._keeper is None:
+            raise ProtocolError("Expected a leader at its follower, got one at a server of a job without durability.")
+        self._keeper.begin_following()
+        return self._keeper.life
 
     def follow(self, head: bytes, blobs: list[np.ndarray], life: int, *, is_near: bool) -> None:
         """Have what the server that this one follows is about to acknowledge. is_near: that is on this machine."""
-        if self._keeper is None:
-            raise ProtocolError("Expected a record at a follower, got one at a server of a job without durability.")
+        assert self._keeper is not None
         self._keeper.follow(head, blobs, life, is_near=is_near)
 
     def _handler(self, connection: Connection, hello: Hello) -> _Handler:
@@ -231,7 +232,7 @@ class _Handler:
         self._connection, self._hello = connection, hello
         self._identity, self.role = hello.identity, hello.role
         self._is_member = False
-        self._life = server.life
+        self._life = 0  # of the follower, as it was when its leader began to send
         self._enrolled: tuple[int, Connection] | None = None  # a server's place, and the way back to it
         self._incoming: np.ndarray | None = None  # a plane that a Put brings
         # Of a server that this one follows, for its records: rooms that it writes to, and what brings the rest.
@@ -252,6 +253,8 @@ class _Handler:
             answer = Here(self._server.address)
         elif self.role == "coordinator" and self._coordinator is not None:
             raise ProtocolError("Expected the coordinator at the job's further servers, got it at its own.")
+        elif self.role == "leader":
+            self._life = self._server.begin_following()
         self._is_member = True
         self._connection.send(answer)
 
