@@ -111,8 +111,8 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
             leased={"data": (7, 12)},
         ),
         (
-            "98a757656c636f6d65010292a3627370009193b47463703a2f2f3132372e302e302e313a37303737a9756e69783a2f2f2f73a6626f6f742f30a3"
-            "6c6f67c281a46461746192070c"
+            "99a757656c636f6d65010292a3627370009193b47463703a2f2f3132372e302e302e313a37303737a9756e69783a2f2f2f73a6626f6f742f30a3"
+            "6c6f67c281a46461746192070c00"
         ),
     ),
     (Failed("LayoutError", "Expected é."), "93a64661696c6564ab4c61796f75744572726f72ac457870656374656420c3a92e"),
@@ -131,7 +131,7 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
             "7ba7616d7367726164c2aa6b657261735f666f726dc2"
         ),
     ),
-    (Registered(True, 7, 1), "97aa52656769737465726564c3070100ffc2"),
+    (Registered(True, 7, 1), "96aa52656769737465726564c3070100ff"),
     (Initialised(7, (7, 6), {"epoch": b"\x03"}), "94ab496e697469616c697365640792070681a565706f6368c40103"),
     (
         Assign((TensorSpec("w", (70000,), "float64"),), optim.SGD(lr=0.5, momentum=0.25), 1, 2, asp()),
@@ -203,7 +203,7 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
     ),
     (
         Restore("snapshot-000000000006", 6, 1, 2, follows=True),
-        "97a7526573746f7265b5736e617073686f742d303030303030303030303036060102c2c3",
+        "98a7526573746f7265b5736e617073686f742d303030303030303030303036060102c2c300",
     ),
     (
         Restored(b"\x01"),
@@ -308,7 +308,7 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
     ),
     (
         Leased(Piece(2, 8, 16), Registered(False, 7, 1)),
-        "93a64c65617365649302081097aa52656769737465726564c2070100ffc2",
+        "93a64c65617365649302081096aa52656769737465726564c2070100ff",
     ),
     (MakeRoom(), "91a84d616b65526f6f6d"),
     (SetAside(), "91a85365744173696465"),

@@ -84,9 +84,9 @@ class Worker(Session):
         self.said_void = False
         super().__init__(*args, **kwargs)
 
-    def _tell_lost(self, answer: Registered) -> None:
+    def _tell_lost(self, answer: Registered, *, went_back: bool) -> None:
         self.said_void = True
-        super()._tell_lost(answer)
+        super()._tell_lost(answer, went_back=went_back)
 
 
 class Job:
@@ -124,6 +124,7 @@ class Job:
         more = self.more = random.Random(seed ^ 0xDA7A)  # what a seed decided before there was this it decides still
         self.items = more.choice((0, 0, 5, 12))  # of data that is leased; 0: there is none
         self.piece = more.choice((1, 2, 3))
+        self.history: int | None = None  # the job's
         self.times_back_when_done: int | None = None  # by the first worker
         self.faults = rng.choice((0, 1, 2, 4, 6))
         self.ambushes = rng.choice((0, 1, 2, 3)) if is_replicated else 0
@@ -384,6 +385,9 @@ class Job:
 
     def restored(self, book: Book | None, *, is_all: bool) -> None:
         """All servers have come back from the store, or go on from what they have."""
+        if book is not None:  # who had it go back may have died before it could tell
+            is_all = is_all and self.history in (None, book.history)
+            self.history = book.history
         self.restored_count += 1
         self.times_back += not is_all
         if len(self.leaders()) < self.count:

@@ -8,6 +8,8 @@ the book that belongs to it: a coordinator that was started again takes it from 
 
 from __future__ import annotations
 
+import secrets
+
 import msgspec
 
 from headwater._consistency import Consistency
@@ -16,6 +18,11 @@ from headwater._rows import TableSpec
 from headwater.optim import AnyOptimizer
 
 IDENTITIES = 4096  # that are remembered; the longest silent is forgotten first
+
+
+def new_history() -> int:
+    """Return a number that no other history has."""
+    return secrets.randbits(62)
 
 
 class Counted(msgspec.Struct, frozen=True, array_like=True):
@@ -57,6 +64,9 @@ class Book(msgspec.Struct, frozen=True):
     state: dict[str, bytes] = {}
     leases: bytes = b""
     serial: int = 0  # of the last change
+    history: int = (
+        0  # another one from each going back to an earlier commit on: who knows of another knows what is void
+    )
 
     def after(self, change: Change) -> Book:
         """Return the book after a change."""

@@ -28,7 +28,7 @@ import msgspec
 import numpy as np
 
 from headwater import _limits
-from headwater._book import Book, Change, Counted
+from headwater._book import Book, Change, Counted, new_history
 from headwater._consistency import Commit, Consistency, Policy, PushEntry, bsp
 from headwater._dense import Foreseen, Shard
 from headwater._errors import (
@@ -105,7 +105,6 @@ class Worker:
         self.read = 0  # the commit this worker's next gradient is computed from
         self.refusal: HeadwaterError | None = None
         self.is_away = False  # a server was lost; it is expected to come back
-        self.went_back = False  # the job is at a snapshot again, and it does not know yet
         self.used: tuple[tuple[str, int], ...] = ()  # of leased data, by the pushes up to the sealed one
         self.is_idle = False  # waits for data
         self.accepted = self.clock = self.staleness = self.staleness_max = self.pushes = self.refused = 0
@@ -173,6 +172,7 @@ class Coordinator:
         self._tables: list[TableSpec] = []
         self._serial = 0  # of the last change of the book
         self._leases_written = b""
+        self._history = 0
         self._unnoted: set[int] = set()  # identities that have come or gone since a change of the book was written down
         self._initialiser: int | None = None
         self._is_initialised = False
@@ -377,11 +377,13 @@ class Coordinator:
                 with self._changed:
                     if generation != self._generation:
                         return
-                    if book is None and self._policy is not None:  # nothing was kept: begin anew
-                        book = Book(self._policy.consistency, self._policy.expected)
+                    history = 0 if keep.has_log else new_history()  # where nothing was kept: begin anew
+                    if book is None and self._policy is not None:
+                        book = Book(self._policy.consistency, self._policy.expected, history=history)
                     if book is not None:
                         self._consistency, self._expected = book.consistency, self._expected or book.expected
-                    self._adopt_book(book or Book(self._consistency or bsp(), self._expected or 1), is_all=is_all)
+                    new = Book(self._consistency or bsp(), self._expected or 1, history=history)
+                    self._adopt_book(book or new, is_all=is_all)
                     if book is None:
                         self._policy = None  # the first to come decides
                     self._is_ready = True
@@ -406,7 +408,7 @@ class Coordinator:
             self._plan = Plan.of(book.cohort_of, book.cohorts)
         self._queue.clear()
         self._tables, self.state = list(book.tables), dict(book.state)
-        self._serial, self._leases_written = book.serial, book.leases
+        self._serial, self._leases_written, self._history = book.serial, book.leases, book.history
         self.leases = msgspec.msgpack.decode(book.leases, type=dict[str, Leases]) if book.leases else {}
         if not is_all:  # who held what is not what they hold now
             for leases in self.leases.values():
@@ -431,8 +433,6 @@ class Coordinator:
             for identity in leases.holders():  # who is gone holds nothing; if it comes back it hears of that
                 if identity not in self._workers or not self._workers[identity].live:
                     leases.give_back(identity)
-        for worker in self._workers.values():
-            worker.went_back = not is_all
         away = [worker for worker in self._workers.values() if worker.live]
         policy.begin([w.index for w in self._workers.values() if not w.live] if away else [])
         if self._workers:
@@ -480,7 +480,7 @@ class Coordinator:
                 self._optimizer, tuple(self._tables),
                 plan.cohorts if plan else (), plan.cells if plan else b"",
                 {w.identity: w.counted() for w in self._workers.values() if w.answered >= 0 or w.live},
-                dict(self.state), self._encoded_leases(), self._serial,
+                dict(self.state), self._encoded_leases(), self._serial, self._history,
             )  # fmt: skip
 
     def close(self) -> None:
@@ -504,7 +504,6 @@ class Coordinator:
                     if hello.returns and not policy.started:  # the job is not new: others may have been done with it
                         self._start_letting_go()
                     worker = self._workers[hello.identity] = Worker(hello, self._place(hello))
-                    worker.went_back = hello.returns and self._keep is not None and not self._keep.has_log
                 worker.connections = [connection]
                 index = worker.index
             servers = tuple(server.address for server in self._servers if server is not None)
@@ -512,7 +511,9 @@ class Coordinator:
                 raise PeerLostError("Expected every server of the job to live, got the end of one: ask again.")
             kept = "" if self._keep is None else str(self._keep.durability)
             leased = {name: leases.counts(hello.identity) for name, leases in self.leases.items()}
-            return Welcome(index, policy.expected, policy.consistency, servers, kept, self._shard is None, leased)
+            return Welcome(
+                index, policy.expected, policy.consistency, servers, kept, self._shard is None, leased, self._history
+            )
 
     def _return(self, worker: Worker) -> None:
         """Take a worker back. What it has sealed and what is not committed is forgotten: it says it again."""
@@ -769,7 +770,7 @@ class Coordinator:
         worker.clock = member.clock if member else policy.join(worker.identity, worker.index, sequence=worker.answered)
         worker.read = self._commit
         self._changed.notify_all()
-        return Registered(False, worker.clock, self._side, self._commit, worker.answered, worker.went_back)
+        return Registered(False, worker.clock, self._side, self._commit, worker.answered)
 
     def declare(self, identity: int, wanted: Declare, tell: Tell) -> Declared:
         """Agree on a table. The first to declare it decides; a wish that is None is for what the table has."""
@@ -816,7 +817,6 @@ class Coordinator:
         with self._changed:
             worker = self._require(identity, connection)
             policy = self._require_policy()
-            worker.went_back = False  # it has heard
             if seal.sequence != worker.answered:  # else it has counted, and the answer was lost
                 self._check_seal(identity, seal)
                 worker.refusal = None
@@ -1168,7 +1168,6 @@ class Coordinator:
         """
         with self._changed:
             worker, policy = self._require(identity, connection), self._require_policy()
-            worker.went_back = False  # it has heard
             leases = self._adopt_data(wanted.spec)
             piece = leases.take(identity, wanted.had)
             if piece is not None:

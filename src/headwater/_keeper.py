@@ -227,6 +227,8 @@ class Keeper:
         if request.is_warm:
             return self._stay(request)
         book, end = self.come_back(request)
+        if book is not None and request.history:
+            book = msgspec.structs.replace(book, history=request.history)
         if self._has_log:
             try:
                 self._log = Log(self._files, self._path, request.index, request.commit, end, request.count)

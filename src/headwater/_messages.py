@@ -64,6 +64,7 @@ class Welcome(Message, frozen=True, tag=True):
     is_apart: bool = False  # the coordinator is not the first server
     #: Units of each dataset that this worker has used and got. Got fewer than it knows of: they were given back.
     leased: dict[str, tuple[int, int]] = {}
+    history: int = 0  # as in the book: another one than before, and what the worker knows of commits is void
 
 
 class Failed(Message, frozen=True, tag=True):
@@ -107,7 +108,6 @@ class Registered(Message, frozen=True, tag=True):
     side: int = 0
     commit: int = 0  # the job's
     answered: int = -1  # the last push of this worker that closed a clock
-    went_back: bool = False  # the job is at a snapshot again: what this worker knows of later commits is void
 
 
 class Initialised(Message, frozen=True, tag=True):
@@ -303,6 +303,7 @@ class Restore(Message, frozen=True, tag=True):
     count: int
     is_warm: bool = False
     follows: bool = False
+    history: int = 0  # that begins here; 0: the snapshot's own
 
 
 class Restored(Message, frozen=True, tag=True):

@@ -171,6 +171,7 @@ class Session:
         except BaseException:
             self.close()
             raise
+        self._history = welcome.history
         self.index = welcome.index  #: this worker's place among the workers, from 0
         self.workers = welcome.workers  #: how many the job was started for
         self.consistency = welcome.consistency
@@ -890,6 +891,7 @@ class Session:
         welcome = peers.reconnect(self.index)
         self.index = welcome.index
         # Where this worker was taken for dead, others have what it held, and may have used it.
+        went_back = welcome.history != self._history
         counts = {name: welcome.leased.get(name, (0, 0)) for name in self._leased}
         taken = {name for name, data in self._leased.items() if counts[name][1] < data.had}
         tables = self._tables
@@ -907,6 +909,7 @@ class Session:
                 tables.resume(stages=True)
             for name in taken:
                 self._leased[name].roll_back(counts[name][0])
+            self._history = welcome.history
             return
         dense = self._dense
         answer = self._ask_once(Register(self._layout.specs, self._optimizer), Registered)
@@ -917,28 +920,29 @@ class Session:
             answer = self._ask_once(Initialised(), Registered)
         dense.attach_again(answer.side)
         has_counted = self._is_pending and answer.answered == self._sequence
-        is_current = has_counted or not (answer.went_back or taken)
+        is_current = has_counted or not (went_back or taken)
         if self.consistency.kind == "bsp" and not has_counted:  # a gradient of another clock is of no use
             is_current = is_current and answer.clock == self.clock
         if tables is not None:
             tables.resume(stages=is_current)
+        self._history = welcome.history
         if is_current:
             for name in taken:
                 self._leased[name].roll_back(counts[name][0])
             if self._is_pending:
                 dense.send(self._seal, pull=self._wants_pull)
             return
-        self._tell_lost(answer)
+        self._tell_lost(answer, went_back=went_back)
         for name, data in self._leased.items():
             data.roll_back(counts[name][0])
         peers.clock, self._commit = answer.clock, answer.commit
         self._is_void = not self._is_pending  # what is being computed is from a state that is no more
         self._is_pending = False
 
-    def _tell_lost(self, answer: Registered) -> None:
+    def _tell_lost(self, answer: Registered, *, went_back: bool) -> None:
         lost = max(self._commit - answer.commit, 0)
         self.lost += lost
-        if answer.went_back:
+        if went_back:
             warn(
                 f"a server was started again: the job is at commit {answer.commit}, of what this worker knew {lost} commits are lost"
             )

@@ -20,7 +20,7 @@ from typing import Protocol
 
 import msgspec
 
-from headwater._book import Book
+from headwater._book import Book, new_history
 from headwater._errors import HeadwaterError, InternalError, StorageError, debug, warn
 from headwater._files import Files
 from headwater._messages import (
@@ -150,7 +150,8 @@ class Snapshots:
         if self.has_log and manifest.servers == count:
             # What some have not written down was never acknowledged.
             commit = min(r.commit for r in ask_each(lambda i: Recall(name, i)) if isinstance(r, Recalled))
-        answers = ask_each(lambda i: Restore(name, commit, i, count))
+        history = 0 if self.has_log else new_history()  # what came after the snapshot is given up
+        answers = ask_each(lambda i: Restore(name, commit, i, count, history=history))
         # The next one is due as if nothing had happened: else a job whose servers die more often than that would get none.
         self._commit, age_s = manifest.commit, (datetime.now(UTC) - manifest.time).total_seconds()
         self._due_s = time.monotonic() + min(max(self.durability.every_s - age_s, 0.0), self.durability.every_s)
