@@ -353,6 +353,8 @@ class Keeper:
                 shard.handle(Assign(book.tensors, book.optimizer, request.index, request.count, book.consistency))
                 read_dense(self._files, folder, manifest, shard.part, shard.master_planes(), threads=shard.threads)
                 shard.loaded(manifest.commit)
+            else:
+                shard.commit = manifest.commit
             rests = [_rest(manifest, i) for i in range(manifest.servers)]
             for number, spec in enumerate(book.tables):
                 shard.handle(OpenTable(number, spec, request.index, request.count))
