@@ -64,9 +64,7 @@ class Book(msgspec.Struct, frozen=True):
     state: dict[str, bytes] = {}
     leases: bytes = b""
     serial: int = 0  # of the last change
-    history: int = (
-        0  # another one from each going back to an earlier commit on: who knows of another knows what is void
-    )
+    history: int = 0  # another one from each going back on: who knows of another one, knows what is void
 
     def after(self, change: Change) -> Book:
         """Return the book after a change."""
