@@ -46,9 +46,7 @@ def main(names: list[str]) -> int:
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.path.append(str(HOME / "examples"))  # inherited as what follows
-    os.environ.update(
-        ENVIRONMENT, HEADWATER_TOKEN=secrets.token_hex(16)
-    )  # of every server; inherited by every process of the run
+    os.environ.update(ENVIRONMENT, HEADWATER_TOKEN=secrets.token_hex(16))  # inherited by every process of the run
     machine = report.machine()
     try:
         results = [measure(name, machine) for name in names or FIGURES]

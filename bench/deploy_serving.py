@@ -164,7 +164,7 @@ def swaps(fleet: Fleet, windows: int = WINDOWS) -> Answer:
     client.open(rate, 2.0, SEED)
     for number in range(windows):
         for is_swapping in (True, False) if number % 2 else (False, True):
-            if not is_swapping and number % min(windows // WINDOWS, 2):  # of many, every second
+            if not is_swapping and windows > WINDOWS and number % 2:  # of many, every second
                 continue
             if is_swapping:
                 with swapping(fleet, store, names):

@@ -27,9 +27,7 @@ from torch.utils.data import DataLoader
 import headwater as hw
 
 EVALUATE_EVERY = 100  # steps
-SMOOTHING = (
-    0.1  # of labels, that a network with few digits does not get too sure of them (Szegedy et al. 2015b, section 7)
-)
+SMOOTHING = 0.1  # of labels: with few digits a network gets too sure of them (Szegedy et al. 2015b, section 7)
 
 
 def convolution(before: int, after: int, size: int = 3, stride: int = 1) -> nn.Sequential:

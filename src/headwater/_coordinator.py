@@ -377,14 +377,14 @@ class Coordinator:
                 with self._changed:
                     if generation != self._generation:
                         return
-                    history = 0 if keep.has_log else new_history()  # where nothing was kept: begin anew
-                    if book is None and self._policy is not None:
-                        book = Book(self._policy.consistency, self._policy.expected, history=history)
+                    is_decided = book is not None or self._policy is not None
                     if book is not None:
                         self._consistency, self._expected = book.consistency, self._expected or book.expected
-                    new = Book(self._consistency or bsp(), self._expected or 1, history=history)
-                    self._adopt_book(book or new, is_all=is_all)
-                    if book is None:
+                    else:  # nothing was kept: begin anew
+                        history = 0 if keep.has_log else new_history()
+                        book = Book(self._consistency or bsp(), self._expected or 1, history=history)
+                    self._adopt_book(book, is_all=is_all)
+                    if not is_decided:
                         self._policy = None  # the first to come decides
                     self._is_ready = True
                     self._changed.notify_all()
@@ -522,10 +522,10 @@ class Coordinator:
         self._when_idle()
         if not was_away and self._keep is not None and (self._layout is not None or self._tables):
             self._ask(Detach(-1))  # nobody: why it came back is not known, and a server that is silent shows now
-        if not worker.live and any(w.live and w.index == worker.index for w in self._workers.values()):
-            worker.index = self._free_index()
         if not worker.live:
             self._unnoted.add(worker.identity)
+            if any(w.live and w.index == worker.index for w in self._workers.values()):
+                worker.index = self._free_index()
         worker.live, worker.is_away = True, False
         if self._initialiser == worker.identity and not self._is_initialised:
             self._initialiser = None  # it did not hear that it was asked
@@ -1169,10 +1169,10 @@ class Coordinator:
         with self._changed:
             worker, policy = self._require(identity, connection), self._require_policy()
             leases = self._adopt_data(wanted.spec)
+            if worker.answered < 0:  # else the book knows it
+                self._unnoted.add(identity)
             piece = leases.take(identity, wanted.had)
             if piece is not None:
-                if worker.answered < 0:  # else the book knows it
-                    self._unnoted.add(identity)
                 self._keep_change()
             # With an optimizer on the workers nobody may miss a commit: such a worker ends its data instead of waiting.
             may_wait = wanted.wait and (self._optimizer is None or self._optimizer.kind != "mean")

@@ -277,8 +277,8 @@ class Keeper:
         finally:
             connection.close()
 
-    def begin_following(self) -> bool:
-        """Make ready for the state of another server; returns False where this one leads by now."""
+    def begin_following(self) -> int:
+        """Make ready for the state of another server; returns what its records are known by, 0 where this one leads by now."""
         with self._turn:
             if not self._leads:
                 with suppress(HeadwaterError):
@@ -286,7 +286,7 @@ class Keeper:
                 self._book = self._pending = None
                 self._queued = []
                 self.life += 1
-            return not self._leads
+            return 0 if self._leads else self.life
 
     def follow(self, head: bytes, blobs: list[np.ndarray], life: int, *, is_near: bool) -> None:
         """Apply a record of the server that this one follows, or keep it until its state is here.

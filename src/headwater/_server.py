@@ -168,7 +168,7 @@ class Server(Listener):
             # Listening everywhere: workers find us where the coordinator does.
             tcp = str(Address.parse(tcp)._replace(host=connection.own_host))
             self.address = ServerAddress(tcp, self.address.unix, self.address.host)
-        follows = self._follows and self._keeper is not None and self._keeper.begin_following()
+        follows = self._follows and self._keeper is not None and self._keeper.begin_following() > 0
         try:
             request(connection, Hello(self.token, "server", 0, label=process_label()))
             request(connection, Enroll(self.address, self._index, follows))
@@ -198,8 +198,7 @@ class Server(Listener):
         """Have what a server does from now on, and nothing that another has sent before; returns what its records are known by."""
         if self._keeper is None:
             raise ProtocolError("Expected a leader at its follower, got one at a server of a job without durability.")
-        self._keeper.begin_following()
-        return self._keeper.life
+        return self._keeper.begin_following()
 
     def follow(self, head: bytes, blobs: list[np.ndarray], life: int, *, is_near: bool) -> None:
         """Have what the server that this one follows is about to acknowledge. is_near: that is on this machine."""

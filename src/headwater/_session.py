@@ -926,15 +926,13 @@ class Session:
         if tables is not None:
             tables.resume(stages=is_current)
         self._history = welcome.history
+        for name in taken if is_current else self._leased:
+            self._leased[name].roll_back(counts[name][0])
         if is_current:
-            for name in taken:
-                self._leased[name].roll_back(counts[name][0])
             if self._is_pending:
                 dense.send(self._seal, pull=self._wants_pull)
             return
         self._tell_lost(answer, went_back=went_back)
-        for name, data in self._leased.items():
-            data.roll_back(counts[name][0])
         peers.clock, self._commit = answer.clock, answer.commit
         self._is_void = not self._is_pending  # what is being computed is from a state that is no more
         self._is_pending = False
