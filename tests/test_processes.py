@@ -25,6 +25,7 @@ from jobs import TOKEN, start_job
 import headwater as hw
 from headwater import _limits, errors
 from headwater._launch import LocalJob
+from headwater._transport import Address
 
 WORKERS = Path(__file__).parent / "workers"
 SIZE = 40_000  # as in steps.py
@@ -617,6 +618,21 @@ def test_a_server_that_is_told_to_stop_while_it_starts_leaves_nothing(machine: M
         assert time.monotonic() < deadline
     output.process.send_signal(signal.SIGTERM)
     assert output.finish() != 0
+
+
+def test_a_server_that_is_told_to_stop_while_it_closes_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its job has ended under it while it was starting, say, and whoever started it ends it at the same moment."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    server = hw.Server(Address("tcp", "127.0.0.1", 0), token=TOKEN)
+    folder = Path(Address.parse(server.address.unix).host).parent
+    assert folder.exists()
+    monkeypatch.setattr(server, "_ending", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        server.close()
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("transport", ["auto", "tcp"])

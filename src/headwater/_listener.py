@@ -186,6 +186,7 @@ class Listener:
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)
             listener.close()
+        self._remove_socket()  # first: what follows takes time, and whoever starts and stops this may lose patience
         self._ending()
         for connection in connections:
             connection.close()
@@ -194,6 +195,9 @@ class Listener:
         deadline = time.monotonic() + _limits.CLOSE_S
         for thread in threads - {threading.current_thread()}:
             thread.join(max(deadline - time.monotonic(), 0.0))
+        self.stopped.set()
+
+    def _remove_socket(self) -> None:
         if self.address.unix:
             path = Path(Address.parse(self.address.unix).host)
             with contextlib.suppress(OSError):
@@ -202,7 +206,6 @@ class Listener:
                     path.parent.rmdir()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
-        self.stopped.set()
 
     def _ending(self) -> None:
         """Called when nobody new comes in, before the connections end."""
