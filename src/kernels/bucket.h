@@ -139,6 +139,17 @@ struct Page {
 };
 
 class alignas(64) Bucket {
+  struct Free {
+    void operator()(Line* lines) const { std::free(lines); }
+  };
+  // What every lookup reads, in one line of the cache.
+  const Shape* shape_ = nullptr;
+  std::unique_ptr<Line[], Free> lines_;
+  int64_t line_count_ = 0;
+  uint32_t numbers_ = 0xff;  // the bits of a slot that are a row number
+  int number_bits_ = 8;      // how many
+  std::vector<char*> chunks_;
+
  public:
   void init(const Shape* shape, Slabs* slabs, int number);
 
@@ -150,24 +161,42 @@ class alignas(64) Bucket {
   int64_t rows() const { return rows_; }
   int64_t bytes() const;  // all but the rows, which lie in slabs
 
-  // Three looks ahead, each at what the one before has asked for: the line of an id's home; its row, or the next line when the
-  // home was full; and then the row that the next line has. `bytes` of a row are asked for.
+  // Three looks ahead, each at what the one before has asked for: the line of an id's home; where its row lies, or the next line when
+  // the home was full; and then the row, of which `bytes` are asked for.
   struct Sight {
-    Found found;             // most likely the id's
-    bool is_passed = false;  // a third look may find it
+    Found found;             // most likely the id's; its row comes with the third look
+    bool is_passed = false;  // its number does, too
   };
   __attribute__((always_inline)) void prefetch_line(uint64_t hash) const { __builtin_prefetch(&lines_[home(short_of(hash))]); }
   // Written field by field: a copy of it would have to wait for its parts.
-  void prefetch_row(uint64_t hash64, int64_t bytes, Sight* sight) const {
+  void prefetch_place(uint64_t hash64, Sight* sight) const {
     const uint32_t hash = short_of(hash64);
     const int64_t at = home(hash);
-    prefetch_match(lines_[at], hash, bytes, sight);
-    sight->is_passed = sight->found.row == nullptr && lines_[at].passed != 0;
+    const Line& line = lines_[at];
+    const uint32_t mask = match(line, tag_of(hash));
+    sight->found.number = kNone;
+    sight->is_passed = mask == 0 && line.passed != 0;
     if (sight->is_passed) __builtin_prefetch(&lines_[next(at)]);
+    if (mask == 0) return;
+    const uint32_t number = line.slots[__builtin_ctz(mask)] & numbers_;
+    if (number >= shape_->spill_base) return;
+    sight->found.number = number;
+    __builtin_prefetch(&chunks_[number >> shape_->shift]);
   }
-  void prefetch_passed_row(uint64_t hash, int64_t bytes, Sight* sight) const {
-    const uint32_t low = short_of(hash);
-    if (sight->is_passed) prefetch_match(lines_[next(home(low))], low, bytes, sight);
+  void prefetch_row(uint64_t hash64, int64_t bytes, Sight* sight) const {
+    if (sight->is_passed) {
+      const uint32_t hash = short_of(hash64);
+      const Line& line = lines_[next(home(hash))];
+      const uint32_t mask = match(line, tag_of(hash));
+      const uint32_t number = mask == 0 ? kNone : line.slots[__builtin_ctz(mask)] & numbers_;
+      if (number < shape_->spill_base) sight->found.number = number;
+    }
+    sight->found.row = nullptr;
+    if (sight->found.number == kNone) return;
+    sight->found.row = row(sight->found.number);
+    const char* start = reinterpret_cast<const char*>(sight->found.row);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(start + at);
+    __builtin_prefetch(start + bytes - 1);
   }
 
   Found find(uint64_t hash, int64_t id, const Sight& sight) const {
@@ -265,18 +294,6 @@ class alignas(64) Bucket {
     }
   }
   int64_t next(int64_t line) const { return line + 1 == line_count_ ? 0 : line + 1; }
-  void prefetch_match(const Line& line, uint32_t hash, int64_t bytes, Sight* sight) const {
-    sight->found.row = nullptr;
-    const uint32_t mask = match(line, tag_of(hash));
-    if (mask == 0) return;
-    const uint32_t number = line.slots[__builtin_ctz(mask)] & numbers_;
-    if (number >= shape_->spill_base) return;
-    sight->found.number = number;
-    sight->found.row = row(number);
-    const char* start = reinterpret_cast<const char*>(sight->found.row);
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(start + at);
-    __builtin_prefetch(start + bytes - 1);
-  }
   uint32_t tag_of(uint32_t hash) const {
     const uint32_t tag = hash << number_bits_;
     return tag != 0 ? tag : numbers_ + 1;
@@ -320,18 +337,8 @@ class alignas(64) Bucket {
   int64_t unit_cost() const;
   int64_t units_bytes() const;
 
-  struct Free {
-    void operator()(Line* lines) const { std::free(lines); }
-  };
-
-  const Shape* shape_ = nullptr;
   Slabs* slabs_ = nullptr;
   int number_ = 0;
-  std::unique_ptr<Line[], Free> lines_;
-  int64_t line_count_ = 0;
-  uint32_t numbers_ = 0xff;  // the bits of a slot that are a row number
-  int number_bits_ = 8;      // how many
-  std::vector<char*> chunks_;
   uint32_t used_ = 0, free_ = kNone;
   int64_t rows_ = 0;
   uint64_t decayed_ = 0;  // periods

@@ -21,7 +21,7 @@ constexpr int64_t kBudgetLog = 64;          // this part for the ids of deleted 
 constexpr int64_t kBudgetCandidates = 8;    // this part for the counters of ids without a row, when there are any
 constexpr int64_t kCandidatesMin = 16 << 10;  // bytes of a bucket, without a budget
 constexpr int64_t kBucketRowsMin = 4;
-constexpr int64_t kLineAhead = 30, kRowAhead = 20, kPassedAhead = 10;  // ids, for the three looks ahead
+constexpr int64_t kLineAhead = 30, kPlaceAhead = 20, kRowAhead = 10;  // ids, for the three looks ahead
 constexpr int64_t kRing = 32;               // for what the looks remember: more than they are ahead, so that i % kRing is free
 constexpr int64_t kAlone = 2048;            // ids: fewer are not worth waking a thread
 constexpr int64_t kPart = 4096;             // ids that a thread takes at a time
@@ -176,13 +176,13 @@ int64_t Table::pull_part(const int64_t* ids, int64_t count, float* out, bool tou
         const uint64_t hash = hashes[(i + kLineAhead) % kRing] = hash_of(ids[i + kLineAhead]);
         bucket_at(hash).prefetch_line(hash);
       }
+      if (i + kPlaceAhead >= 0 && i + kPlaceAhead < count) {
+        const uint64_t hash = hashes[(i + kPlaceAhead) % kRing];
+        bucket_at(hash).prefetch_place(hash, &sights[(i + kPlaceAhead) % kRing]);
+      }
       if (i + kRowAhead >= 0 && i + kRowAhead < count) {
         const uint64_t hash = hashes[(i + kRowAhead) % kRing];
         bucket_at(hash).prefetch_row(hash, bytes, &sights[(i + kRowAhead) % kRing]);
-      }
-      if (i + kPassedAhead >= 0 && i + kPassedAhead < count) {
-        const uint64_t hash = hashes[(i + kPassedAhead) % kRing];
-        bucket_at(hash).prefetch_passed_row(hash, bytes, &sights[(i + kPassedAhead) % kRing]);
       }
       if (i < 0) continue;
     }
@@ -298,11 +298,12 @@ void Table::visit(const int64_t* ids, int64_t count, const float* data, int64_t 
       bucket.decay(settings_.decay, static_cast<uint64_t>(period));
       for (int64_t i = begin - kLineAhead; i < end; i++) {
         if (i + kLineAhead < end) bucket.prefetch_line(sorted.hash(i + kLineAhead));
-        if (i + kPassedAhead >= begin && i + kPassedAhead < end) {
-          bucket.prefetch_passed_row(sorted.hash(i + kPassedAhead), row_bytes, &sights[(i + kPassedAhead) % kRing]);
+        if (i + kPlaceAhead >= begin && i + kPlaceAhead < end) {
+          bucket.prefetch_place(sorted.hash(i + kPlaceAhead), &sights[(i + kPlaceAhead) % kRing]);
         }
         if (i + kRowAhead >= begin && i + kRowAhead < end) {
           bucket.prefetch_row(sorted.hash(i + kRowAhead), row_bytes, &sights[(i + kRowAhead) % kRing]);
+          __builtin_prefetch(ids + sorted.source(i + kRowAhead));
           const float* row = data + sorted.source(i + kRowAhead) * width;
           for (int64_t at = 0; at < std::min(width * 4, kRowBytesAhead); at += 64) __builtin_prefetch(row + at / 4);
         }
