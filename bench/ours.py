@@ -89,12 +89,18 @@ def table_worker(address: str, workers: int, kind: str, rows: int, policy: dict[
     return step
 
 
-def training_worker(address: str, rows: int, policy: dict[str, Any], compute_s: float) -> Step:
-    """Return a step that pulls a batch, lets the next one be on its way, sleeps as while a device computes, and pushes."""
-    session = connect(address, 1, "asp", "shm")
+def training_worker(
+    address: str, workers: int, rows: int, policy: dict[str, Any], compute_s: float, batch: int, is_first: bool
+) -> Step:
+    """Return a step that pulls a batch, lets the next one be on its way, sleeps as while a device computes, and pushes.
+
+    is_first: it makes all rows before.
+    """
+    session = connect(address, workers, "asp", "shm")
     table = open_table(session, policy)
-    fill(table, rows)
-    traffic, raw = cycle(batches("zipf", rows, seed=0)), gradients(BATCH, 0)
+    if is_first:
+        fill(table, rows)
+    traffic, raw = cycle([ids[:batch] for ids in batches("zipf", rows, seed=0)]), gradients(batch, 0)
     ids = next(traffic)
 
     def step() -> None:

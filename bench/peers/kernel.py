@@ -212,6 +212,6 @@ def disk(folder: str, file_bytes: int) -> Step:
         os.fsync(file.fileno())
 
     def step() -> dict[str, float]:
-        return {f"{threads} at once": random_reads(path, 4096, threads, 0.3) for threads in DEPTHS}
+        return {f"{depth} at once": random_reads(path, 4096, depth, 0.3) for depth in DEPTHS}
 
     return step

@@ -9,7 +9,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <fcntl.h>
+#include <linux/aio_abi.h>
 #include <random>
+#include <sys/syscall.h>
 #include <thread>
 #include <unistd.h>
 #include <vector>
@@ -63,31 +65,49 @@ void plain_push(float *rows, float *sums, int64_t dim, const int64_t *ids, const
   });
 }
 
-// Read blocks at random places of a file with so many threads at once; returns reads per second, or -errno.
-double random_reads(const char *path, int64_t file_bytes, int64_t block, int threads, double seconds) {
+// Read blocks at random places of a file, so many at once; returns reads per second, or -errno.
+double random_reads(const char *path, int64_t file_bytes, int64_t block, int depth, double seconds) {
   const int file = open(path, O_RDONLY | O_DIRECT | O_CLOEXEC);
-  if (file < 0)
+  aio_context_t context = 0;
+  if (file < 0 || syscall(SYS_io_setup, depth, &context) != 0)
     return -errno;
-  std::atomic<int64_t> reads{0};
-  std::atomic<int> error{0};
-  std::vector<std::thread> readers;
+  char *buffers = static_cast<char *>(std::aligned_alloc(4096, depth * block));
+  std::vector<iocb> blocks(depth);
+  std::vector<iocb *> ready;
+  std::vector<io_event> events(depth);
+  std::mt19937_64 chance(0);
+  const auto begin = [&](iocb *which) {
+    *which = {};
+    which->aio_data = reinterpret_cast<uint64_t>(which);
+    which->aio_lio_opcode = IOCB_CMD_PREAD;
+    which->aio_fildes = file;
+    which->aio_buf = reinterpret_cast<uint64_t>(buffers + (which - blocks.data()) * block);
+    which->aio_nbytes = block;
+    which->aio_offset = static_cast<int64_t>(chance() % (file_bytes / block)) * block;
+    ready.push_back(which);
+  };
+  for (iocb &each : blocks)
+    begin(&each);
   const auto start = std::chrono::steady_clock::now();
   const auto elapsed = [=] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); };
-  for (int i = 0; i < threads; ++i)
-    readers.emplace_back([&, i] {
-      std::mt19937_64 chance(i);
-      void *buffer = std::aligned_alloc(4096, block);
-      while (!error && elapsed() < seconds) {
-        const int64_t place = static_cast<int64_t>(chance() % (file_bytes / block)) * block;
-        if (pread(file, buffer, block, place) != block)
-          error = errno ? errno : EIO;
-        ++reads;
-      }
-      std::free(buffer);
-    });
-  for (auto &reader : readers)
-    reader.join();
+  int64_t reads = 0;
+  int error = 0;
+  while (!error && elapsed() < seconds) {
+    const long begun = syscall(SYS_io_submit, context, ready.size(), ready.data());
+    if (begun > 0)
+      ready.erase(ready.begin(), ready.begin() + begun);
+    else if (begun < 0 && errno != EAGAIN && errno != EINTR)
+      error = errno;
+    const long ended = syscall(SYS_io_getevents, context, 1, depth, events.data(), nullptr);
+    for (long i = 0; i < ended; ++i, ++reads) {
+      if (events[i].res != block)
+        error = events[i].res < 0 ? static_cast<int>(-events[i].res) : EIO;
+      begin(reinterpret_cast<iocb *>(events[i].data));
+    }
+  }
   const double rate = reads / elapsed();
+  syscall(SYS_io_destroy, context);
+  std::free(buffers);
   close(file);
   return error ? -error : rate;
 }

@@ -70,10 +70,10 @@ class PlainTable:
         self._library.plain_push(*state, *batch, lr, eps, self.threads)
 
 
-def random_reads(path: Path, block: int, threads: int, seconds: float) -> float:
-    """Return reads per second of blocks at random places of a file, past the page cache. Raises OSError."""
+def random_reads(path: Path, block: int, depth: int, seconds: float) -> float:
+    """Return reads per second of blocks at random places of a file, past the page cache, so many at once. Raises OSError."""
     size = ctypes.c_int64(path.stat().st_size)
-    rate = library().random_reads(os.fsencode(path), size, ctypes.c_int64(block), threads, ctypes.c_double(seconds))
+    rate = library().random_reads(os.fsencode(path), size, ctypes.c_int64(block), depth, ctypes.c_double(seconds))
     if rate < 0:
         raise OSError(-int(rate), os.strerror(-int(rate)), str(path))
     return float(rate)

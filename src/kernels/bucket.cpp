@@ -128,9 +128,11 @@ uint32_t* Bucket::slot_of(uint32_t hash, uint32_t number, bool passes) {
 }
 
 int64_t Bucket::lines_for(int64_t entries) const {
+  // With rows on disk most of a budget is the index, so it grows by less; making it anew is little beside what the disk takes.
+  const int64_t part = shape_->spill_base == kNone ? 4 : 16;
   int64_t lines = line_count_;
   while (entries > lines * kLineRows) {
-    const int64_t more = lines + lines / 4 + 1;
+    const int64_t more = lines + lines / part + 1;
     // Buckets set out from different sizes, so that they do not all grow in the same push, nor are all nearly empty after it.
     lines = lines < 64 && more >= 64 ? 64 + number_ % 16 : more;
   }

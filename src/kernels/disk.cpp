@@ -1,12 +1,13 @@
 #include "disk.h"
 
 #include <fcntl.h>
-#include <signal.h>
 #include <stdlib.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <exception>
 #include <new>
 #include <system_error>
 
@@ -32,22 +33,23 @@ int make_file(const std::string& folder) {
 }  // namespace
 
 Disk::Disk(const std::string& folder, int64_t unit_bytes) : unit_bytes_(unit_bytes) {
-  fd_ = make_file(folder);
-  buffers_ = static_cast<char*>(std::aligned_alloc(4096, static_cast<size_t>(memory_bytes())));
-  if (buffers_ != nullptr) return;
-  close(fd_);
-  throw std::bad_alloc();
+  if (syscall(SYS_io_setup, kDepth, &context_) != 0) fail("Cannot read and write many units at once (see fs.aio-max-nr)");
+  try {
+    fd_ = make_file(folder);
+    buffers_ = static_cast<char*>(std::aligned_alloc(4096, static_cast<size_t>(kDepth * unit_bytes_)));
+    if (buffers_ == nullptr) throw std::bad_alloc();
+  } catch (...) {
+    close_all();
+    throw;
+  }
 }
 
-Disk::~Disk() {
-  {
-    std::lock_guard<std::mutex> hold(lock_);
-    is_closing_ = true;
-  }
-  wake_.notify_all();
-  for (std::thread& thread : threads_) thread.join();
+Disk::~Disk() { close_all(); }
+
+void Disk::close_all() {
+  syscall(SYS_io_destroy, context_);
   std::free(buffers_);
-  close(fd_);
+  if (fd_ >= 0) close(fd_);
 }
 
 uint32_t Disk::take() {
@@ -80,58 +82,89 @@ int64_t Disk::bytes() {
   return static_cast<int64_t>(allocated_) * unit_bytes_;
 }
 
-void Disk::read(uint32_t unit, char* buffer) const {
-  ssize_t got;
-  while ((got = pread(fd_, buffer, static_cast<size_t>(unit_bytes_), unit * unit_bytes_)) < 0 && errno == EINTR) {}
-  if (got < 0) fail("Cannot read spilled rows");
-  if (got != unit_bytes_) fail("Cannot read spilled rows whole", EIO);
-}
-
-void Disk::write(uint32_t unit, const char* buffer) const {
-  ssize_t put;
-  while ((put = pwrite(fd_, buffer, static_cast<size_t>(unit_bytes_), unit * unit_bytes_)) < 0 && errno == EINTR) {}
-  if (put < 0) fail("Cannot spill rows");
-  if (put != unit_bytes_) fail("Cannot spill rows whole", ENOSPC);
+void Disk::check(bool is_write, int64_t moved) const {
+  if (moved == unit_bytes_) return;
+  if (is_write) fail(moved < 0 ? "Cannot spill rows" : "Cannot spill rows whole", moved < 0 ? static_cast<int>(-moved) : ENOSPC);
+  fail(moved < 0 ? "Cannot read spilled rows" : "Cannot read spilled rows whole", moved < 0 ? static_cast<int>(-moved) : EIO);
 }
 
 void Disk::run(int64_t count, const Task& task) {
-  if (count == 0) return;
-  Job job{task, count, 0, 0, nullptr};
-  std::unique_lock<std::mutex> hold(lock_);
-  sigset_t all, old;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &old);  // signals are for the program's own threads
-  while (static_cast<int64_t>(threads_.size()) < std::min<int64_t>(kDepth, count)) {
-    char* buffer = buffers_ + static_cast<int64_t>(threads_.size()) * unit_bytes_;
-    threads_.emplace_back([this, buffer] { serve(buffer); });
-  }
-  pthread_sigmask(SIG_SETMASK, &old, nullptr);
-  jobs_.push_back(&job);
-  wake_.notify_all();
-  done_.wait(hold, [&] { return job.ended == job.count; });
-  if (job.failure) std::rethrow_exception(job.failure);
-}
+  struct Slot {
+    iocb block = {};
+    int64_t index = 0;
+    int stage = 0;
+    bool is_write = false;
+  };
+  std::lock_guard<std::mutex> hold(turn_);
+  const int depth = static_cast<int>(std::min<int64_t>(kDepth, count));
+  std::vector<Slot> slots(static_cast<size_t>(depth));
+  std::vector<Slot*> idle;
+  std::vector<iocb*> ready;
+  std::vector<io_event> events(static_cast<size_t>(depth));
+  std::exception_ptr failure;  // from then on nothing is begun
+  int64_t next = 0, under_way = 0;
+  for (Slot& slot : slots) idle.push_back(&slot);
 
-void Disk::serve(char* buffer) {
-  std::unique_lock<std::mutex> hold(lock_);
-  for (;;) {
-    wake_.wait(hold, [this] { return is_closing_ || !jobs_.empty(); });
-    if (is_closing_) return;
-    Job* job = jobs_.front();
-    const int64_t index = job->next++;
-    if (job->next == job->count) jobs_.pop_front();
-    const bool is_lost = job->failure != nullptr;  // nothing more comes of this job
-    hold.unlock();
-    std::exception_ptr failure;
+  const auto attempt = [&](auto work) {
     try {
-      if (!is_lost) job->task(index, buffer);
+      if (!failure) work();
     } catch (...) {
       failure = std::current_exception();
     }
-    hold.lock();
-    if (failure && !job->failure) job->failure = failure;
-    if (++job->ended == job->count) done_.notify_all();
+  };
+  const auto go_on = [&](Slot* slot) {
+    std::optional<Step> step;
+    char* buffer = buffers_ + (slot - slots.data()) * unit_bytes_;
+    attempt([&] { step = task(slot->index, slot->stage++, buffer); });
+    if (!step) return idle.push_back(slot);
+    slot->is_write = step->is_write;
+    slot->block = {};
+    slot->block.aio_data = reinterpret_cast<uint64_t>(slot);
+    slot->block.aio_lio_opcode = step->is_write ? IOCB_CMD_PWRITE : IOCB_CMD_PREAD;
+    slot->block.aio_fildes = static_cast<uint32_t>(fd_);
+    slot->block.aio_buf = reinterpret_cast<uint64_t>(buffer);
+    slot->block.aio_nbytes = static_cast<uint64_t>(unit_bytes_);
+    slot->block.aio_offset = step->unit * unit_bytes_;
+    ready.push_back(&slot->block);
+  };
+  for (;;) {
+    while (!idle.empty() && next < count && !failure) {
+      Slot* slot = idle.back();
+      idle.pop_back();
+      slot->index = next++;
+      slot->stage = 0;
+      go_on(slot);
+    }
+    if (!ready.empty() && !failure) {
+      const long begun = syscall(SYS_io_submit, context_, ready.size(), ready.data());
+      if (begun > 0) {
+        ready.erase(ready.begin(), ready.begin() + begun);
+        under_way += begun;
+      } else if (errno != EINTR && (errno != EAGAIN || under_way == 0)) {  // EAGAIN: when some have ended
+        attempt([&] { fail("Cannot read or spill rows"); });
+      }
+    }
+    if (under_way == 0) {
+      if (failure) std::rethrow_exception(failure);
+      if (ready.empty() && next == count) return;
+      continue;
+    }
+    const long ended = syscall(SYS_io_getevents, context_, 1, depth, events.data(), nullptr);
+    for (long i = 0; i < ended; i++) {
+      Slot* slot = reinterpret_cast<Slot*>(events[static_cast<size_t>(i)].data);
+      under_way--;
+      attempt([&] { check(slot->is_write, events[static_cast<size_t>(i)].res); });
+      go_on(slot);
+    }
   }
+}
+
+void Disk::read(const std::vector<uint32_t>& units, const std::function<void(int64_t, const char*)>& take) {
+  run(static_cast<int64_t>(units.size()), [&](int64_t i, int stage, char* buffer) -> std::optional<Step> {
+    if (stage == 0) return Step{false, units[static_cast<size_t>(i)]};
+    take(i, buffer);
+    return std::nullopt;
+  });
 }
 
 }  // namespace headwater

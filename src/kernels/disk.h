@@ -1,15 +1,13 @@
-// A file without a name for rows that were spilled, read and written past the page cache by many threads at once.
+// A file without a name for rows that were spilled, read and written past the page cache, many of them at once.
 #pragma once
 
-#include <atomic>
-#include <condition_variable>
+#include <linux/aio_abi.h>
+
 #include <cstdint>
-#include <deque>
-#include <exception>
 #include <functional>
 #include <mutex>
+#include <optional>
 #include <string>
-#include <thread>
 #include <vector>
 
 namespace headwater {
@@ -17,7 +15,7 @@ namespace headwater {
 // It can be shared between threads. The file lies in a folder, is gone with this object, and consists of units of one size.
 class Disk {
  public:
-  // Throws std::system_error when the file cannot be made.
+  // Throws std::system_error when the file cannot be made, or the system works on no more of its kind.
   Disk(const std::string& folder, int64_t unit_bytes);
   ~Disk();
   Disk(const Disk&) = delete;
@@ -26,36 +24,30 @@ class Disk {
   uint32_t take();            // a unit of the file, with room on the disk; throws std::system_error
   void give(uint32_t unit);   // back
   int64_t bytes();            // of the file
-  int64_t memory_bytes() const { return kDepth * unit_bytes_; }
 
-  // Runs task(0, buffer) … task(count − 1, buffer) on many threads, so that the disk always has much to do, and returns when all
-  // have ended. A task reads and writes, with a buffer of one unit that is its own meanwhile. The first exception is thrown.
-  using Task = std::function<void(int64_t index, char* buffer)>;
+  struct Step {
+    bool is_write;
+    uint32_t unit;
+  };
+  // What to do with a unit, and a buffer of its size, at first (stage 0), after that (stage 1), and so on; nothing: it is through.
+  using Task = std::function<std::optional<Step>(int64_t index, int stage, char* buffer)>;
+  // Carries out task(0, …) … task(count − 1, …), of kDepth at once their reads and writes; the task itself is called on this thread, one at
+  // a time. The first exception is thrown, or std::system_error, when nothing is under way any more; others wait for their turn.
   void run(int64_t count, const Task& task);
+  // Reads units and calls take(index, buffer) for each as it comes.
+  void read(const std::vector<uint32_t>& units, const std::function<void(int64_t, const char*)>& take);
 
-  void read(uint32_t unit, char* buffer) const;  // throws std::system_error
-  void write(uint32_t unit, const char* buffer) const;
-
-  static constexpr int kDepth = 64;  // threads
+  static constexpr int kDepth = 64;  // that the disk works on
 
  private:
-  struct Job {
-    const Task& task;
-    const int64_t count;
-    int64_t next = 0, ended = 0;
-    std::exception_ptr failure;
-  };
-  void serve(char* buffer);
+  void close_all();
+  void check(bool is_write, int64_t moved) const;  // bytes, or −errno
 
   const int64_t unit_bytes_;
   int fd_ = -1;
+  aio_context_t context_ = 0;
   char* buffers_ = nullptr;
-
-  std::mutex lock_;  // guards what follows
-  std::condition_variable wake_, done_;
-  std::deque<Job*> jobs_;
-  std::vector<std::thread> threads_;
-  bool is_closing_ = false;
+  std::mutex turn_;  // held by the caller who uses them
 
   std::mutex space_;  // guards what follows
   std::vector<uint32_t> free_;

@@ -146,10 +146,11 @@ class Table {
   int64_t expire_spilled(int first, int limit);
   bool export_spilled(int64_t bucket, int64_t from, int64_t limit, Rows* to);  // false: the limit is reached
   bool changes_spilled(Bucket& bucket, uint32_t mark, int64_t limit, Rows* to);  // likewise
-  // Reads the units of wants, and calls take(want, stored row) for each whose id is at its place, one at a time.
+  // Reads the units of wants, and calls take(want, stored row) for each whose id is at its place.
   template <class Take>
   void read_wanted(const Wants& wants, Take take);
-  // Reads units and calls take(index, buffer), several at a time.
+  std::vector<uint32_t> files_of(const Wants& wants) const;
+  // Reads units and calls take(index, buffer) for each as it comes.
   void read_units(const std::vector<std::pair<Bucket*, uint32_t>>& units, const std::function<void(int64_t, const char*)>& take);
   void give_unit(uint32_t file) { if (file != kNone) disk_->give(file); }
   void warm();
@@ -175,7 +176,6 @@ class Table {
   } progress_[kConsumersMax];
 
   std::unique_ptr<Disk> disk_;
-  std::mutex moving_;  // of those who take what was read
   // The thread that brings in what will be wanted.
   std::thread warmer_;
   std::mutex warming_;  // guards what follows

@@ -35,6 +35,9 @@ struct Table::Wants {
   std::vector<Want> all;
   std::vector<size_t> ends;  // of each unit's
 
+  size_t begin(int64_t unit) const { return unit == 0 ? 0 : ends[static_cast<size_t>(unit) - 1]; }
+  size_t end(int64_t unit) const { return ends[static_cast<size_t>(unit)]; }
+
   // The rows that ids[index] may have on disk. Returns how many.
   int64_t add(Bucket& bucket, uint64_t hash, int64_t index) {
     const size_t before = all.size();
@@ -58,32 +61,25 @@ struct Table::Wants {
 
 template <class Take>
 void Table::read_wanted(const Wants& wants, Take take) {
-  const size_t row_bytes = static_cast<size_t>(shape_.row_bytes);
-  disk_->run(static_cast<int64_t>(wants.ends.size()), [&](int64_t i, char* buffer) {
-    const size_t first = i == 0 ? 0 : wants.ends[static_cast<size_t>(i) - 1], end = wants.ends[static_cast<size_t>(i)];
-    uint32_t file;
-    {
-      std::lock_guard<std::mutex> hold(moving_);
-      file = wants.all[first].bucket->unit_of(wants.all[first].number).file;
-    }
-    disk_->read(file, buffer);
-    std::lock_guard<std::mutex> hold(moving_);
-    for (size_t w = first; w < end; w++) {
+  disk_->read(files_of(wants), [&](int64_t i, const char* buffer) {
+    for (size_t w = wants.begin(i); w < wants.end(i); w++) {
       const Want& want = wants.all[w];
-      const char* at = buffer + static_cast<size_t>(want.bucket->place_of(want.number)) * row_bytes;
-      const Header* stored = reinterpret_cast<const Header*>(at);
+      const Header* stored = reinterpret_cast<const Header*>(buffer + want.bucket->place_of(want.number) * shape_.row_bytes);
       if (stored->id == wants.ids[want.index]) take(want, stored);
     }
   });
 }
 
+std::vector<uint32_t> Table::files_of(const Wants& wants) const {
+  std::vector<uint32_t> files;
+  for (size_t end : wants.ends) files.push_back(wants.all[end - 1].bucket->unit_of(wants.all[end - 1].number).file);
+  return files;
+}
+
 void Table::read_units(const std::vector<std::pair<Bucket*, uint32_t>>& units, const std::function<void(int64_t, const char*)>& take) {
-  std::vector<uint32_t> files;  // by now, for a unit that is taken may be written anew
+  std::vector<uint32_t> files;
   for (const auto& [bucket, unit] : units) files.push_back(bucket->unit(unit).file);
-  disk_->run(static_cast<int64_t>(units.size()), [&](int64_t i, char* buffer) {
-    disk_->read(files[static_cast<size_t>(i)], buffer);
-    take(i, buffer);
-  });
+  disk_->read(files, take);
 }
 
 int64_t Table::pull_spilled(const int64_t* ids, const std::vector<int64_t>& which, float* out, bool touch, uint32_t clock) {
@@ -174,11 +170,13 @@ void Table::make_room(const std::vector<Need>& needs) {
         }
       }
       if (pages.empty()) break;
-      disk_->run(static_cast<int64_t>(pages.size()), [&](int64_t i, char* buffer) {
+      disk_->run(static_cast<int64_t>(pages.size()), [&](int64_t i, int stage, char* buffer) -> std::optional<Disk::Step> {
         const auto& [bucket, page] = pages[static_cast<size_t>(i)];
-        if (page.moved != kNone) disk_->read(bucket->unit(page.moved).file, buffer);
+        const int reads = page.moved != kNone;
+        if (stage < reads) return Disk::Step{false, bucket->unit(page.moved).file};
+        if (stage > reads) return std::nullopt;
         bucket->fill_page(page, buffer, buffer);
-        disk_->write(page.file, buffer);
+        return Disk::Step{true, page.file};
       });
     } catch (...) {
       drop_all();
@@ -299,7 +297,6 @@ int64_t Table::expire_spilled(int first, int limit) {
   int64_t expired = 0;
   read_units(units, [&](int64_t i, const char* buffer) {
     const auto [bucket, u] = units[static_cast<size_t>(i)];
-    std::lock_guard<std::mutex> hold(moving_);
     Unit& unit = bucket->unit(u);
     uint32_t oldest = kNone;
     for (int64_t place = 0; place < shape_.unit_rows && unit.live > 0; place++) {
@@ -375,10 +372,8 @@ bool Table::changes_spilled(Bucket& bucket, uint32_t mark, int64_t limit, Rows* 
     if (is_all) units.emplace_back(&bucket, u);
     rows += bucket.unit(u).live;
   }
-  std::mutex adding;
   read_units(units, [&](int64_t i, const char* buffer) {
     const uint32_t unit = units[static_cast<size_t>(i)].second;
-    std::lock_guard<std::mutex> hold(adding);
     for (int64_t place = 0; place < shape_.unit_rows; place++) {
       if (bucket.unit(unit).hashes[place] == 0) continue;
       const Header* stored = reinterpret_cast<const Header*>(buffer + place * shape_.row_bytes);
@@ -459,12 +454,11 @@ void Table::warm_batch(const std::vector<int64_t>& ids) {
       make_room(needs);
       for (size_t i = begin; i < first; i++) wants.add(bucket_at(hash_of(ids[i])), hash_of(ids[i]), static_cast<int64_t>(i));
       wants.sort(shape_.unit_rows, shape_.spill_base);
-      for (size_t end : wants.ends) files.push_back(wants.all[end - 1].bucket->unit_of(wants.all[end - 1].number).file);
+      files = files_of(wants);
     }
     std::vector<char> stored(wants.all.size() * row_bytes);
-    disk_->run(static_cast<int64_t>(files.size()), [&](int64_t i, char* buffer) {
-      disk_->read(files[static_cast<size_t>(i)], buffer);
-      for (size_t w = i == 0 ? 0 : wants.ends[static_cast<size_t>(i) - 1]; w < wants.ends[static_cast<size_t>(i)]; w++) {
+    disk_->read(files, [&](int64_t i, const char* buffer) {
+      for (size_t w = wants.begin(i); w < wants.end(i); w++) {
         const size_t place = static_cast<size_t>((wants.all[w].number - shape_.spill_base) % shape_.unit_rows);
         std::copy_n(buffer + place * row_bytes, row_bytes, stored.data() + w * row_bytes);
       }
