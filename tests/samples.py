@@ -198,8 +198,8 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
         "93a6526563616c6cb5736e617073686f742d30303030303030303030303601",
     ),
     (
-        Recalled(6, 5),
-        "93a8526563616c6c65640605",
+        Recalled(6, 5, 7),
+        "94a8526563616c6c6564060507",
     ),
     (
         Restore("snapshot-000000000006", 6, 1, 2, follows=True),
@@ -238,8 +238,8 @@ GOLDEN: list[tuple[AnyMessage, str]] = [
         "92a646656564546f93a0a9756e69783a2f2f2f66a6626f6f742f30",
     ),
     (
-        FeedLost(1),
-        "92a8466565644c6f737401",
+        FeedLost(1, ServerAddress("", "unix:///f", "boot/0")),
+        "93a8466565644c6f73740193a0a9756e69783a2f2f2f66a6626f6f742f30",
     ),
     (
         Apply(b"\x01", (8, 0), 1, 4),

@@ -98,7 +98,7 @@ class World:
         self.current: Task | None = None
         self.steps = 0
         self.alarms: list[
-            tuple[int, float, Callable[[], None]]
+            tuple[int, float, Callable[[], object]]
         ] = []  # at which step, and what then happens to everybody
         self.story: list[str] = []  # what happened, for people
         self.files = Disk(self, self.random.randrange(1 << 62))
@@ -192,7 +192,7 @@ class World:
         self.processes.append(process)
         return process
 
-    def alarm(self, steps: int, act: Callable[[], None]) -> None:
+    def alarm(self, steps: int, act: Callable[[], object]) -> None:
         """Let something happen to everybody so many steps from now, or when nobody can go on."""
         heapq.heappush(self.alarms, (self.steps + steps, self.random.random(), act))
 

@@ -14,12 +14,17 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
+from faulty_files import FaultyFiles
 from jobs import PATIENCE_S, TOKEN, assert_equal_bits, read_all
 
 import headwater as hw
 from headwater import _limits, durability
-from headwater._errors import PeerLostError, SettingError
+from headwater._book import Book
+from headwater._errors import PeerLostError, SettingError, StorageError
 from headwater._keeper import Back, Feed, Step
+from headwater._messages import AnyMessage, Done, Restore, Restored, SnapshotGet, SnapshotState
+from headwater._snapshot import find, open_manifest
+from headwater._snapshots import Rest, Snapshots, _Restored
 from headwater._table import RowChanges, Rows
 from headwater._transport import Address
 
@@ -485,3 +490,34 @@ def test_what_a_job_survives_is_its_own(tmp_path: Path) -> None:
         hw.connect(durability=durability.log(), store="memory://headwater-tests/log")
     with pytest.raises(SettingError, match="Expected the coordinator apart"):
         hw.connect(durability=durability.replicated(), store=str(tmp_path / "third"))
+
+
+def test_a_snapshot_that_a_job_went_on_without_does_not_come_back() -> None:
+    """What could not be read once may be readable the next time; by then it is of a job that has gone another way."""
+    files = FaultyFiles()
+    snapshots = Snapshots(files, "store", durability.snapshot(0), lambda name: name)
+    unreadable: list[str] = []
+
+    def ask_each(message: Callable[[int], AnyMessage]) -> list[AnyMessage]:
+        request = message(0)
+        if isinstance(request, Restore):
+            if request.snapshot in unreadable:
+                raise StorageError("Expected a disk, got none just now.")
+            return [Restored(open_manifest(files, f"store/{request.snapshot}").book)]
+        whole = SnapshotState(is_due=True, is_whole=True, rest=msgspec.msgpack.encode(Rest()))
+        return [whole if isinstance(request, SnapshotGet) else Done()]
+
+    def restored() -> int:
+        book, _ = snapshots.restore(1, ask_each)
+        assert book is not None
+        return book.commit
+
+    for commit in (3, 5):
+        snapshots.take(_Restored(Book(hw.bsp(), 1, commit), ask_each))
+    assert restored() == 5
+    unreadable += find(files, "store")[:1]
+    assert restored() == 3
+    unreadable.clear()
+    assert restored() == 3
+    snapshots.take(_Restored(Book(hw.bsp(), 1, 4), ask_each))
+    assert restored() == 4

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -124,6 +124,8 @@ class Job:
         more = self.more = random.Random(seed ^ 0xDA7A)  # what a seed decided before there was this it decides still
         self.items = more.choice((0, 0, 5, 12))  # of data that is leased; 0: there is none
         self.piece = more.choice((1, 2, 3))
+        self.cuts = random.Random(seed ^ 0xC07)
+        self.cut_off: set[Process] = set()
         self.history: int | None = None  # the job's
         self.times_back_when_done: int | None = None  # by the first worker
         self.faults = rng.choice((0, 1, 2, 4, 6))
@@ -213,13 +215,16 @@ class Job:
     def kept_by(self, index: int) -> list[int]:
         """Return the places of live servers that have all that was acknowledged of an index, as the coordinator knows it."""
         job = getattr(self.apart, "coordinator", None)
-        if job is None or self.apart_process is None or not self.apart_process.is_live:
+        if job is None or self.apart_process is None or not self.is_there(self.apart_process):
             return []
         known = [
             server.address.tcp for server in (job._servers[index], job._followers.get(index)) if server is not None
         ]
         places = [place for place in range(len(self.servers)) if str(Address("tcp", "server", place)) in known]
-        return [place for place in places if (process := self.server_processes[place]) and process.is_live]
+        return [place for place in places if (process := self.server_processes[place]) and self.is_there(process)]
+
+    def is_there(self, process: Process) -> bool:
+        return process.is_live and process not in self.cut_off
 
     def apart_is_ready(self) -> bool:
         job = getattr(self.apart, "coordinator", None)
@@ -499,13 +504,24 @@ class Job:
         for act in self.rng.sample(acts, self.rng.choice((0, 0, 1, 1, 2, 3))):
             self.world.alarm(self.rng.randrange(100, 4000), act)
         for _ in range(self.more.choice((0, 0, 1, 3))):
-            self.world.alarm(self.more.randrange(100, 4000), self.cut_worker)
+            self.world.alarm(self.more.randrange(100, 4000), partial(self.cut, self.more, self.worker_processes))
+        for _ in range(self.cuts.choice((0, 0, 0, 1, 2))):
+            self.world.alarm(self.cuts.randrange(100, 4000), self.cut_server)
 
-    def cut_worker(self) -> None:
-        """A worker's connections break; it is taken for dead, and comes back."""
-        process = self.more.choice(self.worker_processes)
-        if process is not None and process.is_live:
-            self.world.cut(process)
+    def cut(self, rng: random.Random, processes: Sequence[Process | None]) -> Process | None:
+        """Connections of one process break; it is taken for dead, and comes back."""
+        process = rng.choice(processes)
+        if process is None or not process.is_live:
+            return None
+        self.world.cut(process)
+        return process
+
+    def cut_server(self) -> None:
+        """A server, a follower, or the coordinator where it is apart."""
+        process = self.cut(self.cuts, [*self.server_processes, *[self.apart_process] * self.is_replicated])
+        if process is not None:  # whoever else has what it had, the coordinator may have forgotten already
+            self.cut_off.add(process)
+            self.may_go_back |= any(self.kept_by(i) == [] for i in range(self.count))
 
     def take_snapshot(self) -> None:
         process, server = self.server_processes[0], self.servers[0]
@@ -782,6 +798,10 @@ FOUND_REPLICATED = (
     201252,
     202490,
     301109,
+    3000643,
+    3002823,
+    3005994,
+    3006240,
 )
 
 

@@ -349,6 +349,21 @@ class Coordinator:
             self._changed.notify_all()
             return True
 
+    def lose_feed(self, index: int, address: ServerAddress) -> None:
+        """The server at this address cannot reach its follower, and is about to acknowledge what that lacks. Raises PeerLostError where
+        the server is lost itself, and the follower may be in its place."""
+        with self._changed:
+            server = self._servers[index] if 0 <= index < self._server_count else None
+            is_lost = server is None or server.address != address
+            if (
+                server is not None and not is_lost and server.has_ended
+            ):  # its follower has all that was acknowledged until now
+                self.lose_server(index)
+                is_lost = True
+            if is_lost:
+                raise PeerLostError(f"Expected server {index} as the job has it, got one that it has lost.")
+            self.lose_follower(index)
+
     def _drop_followers(self) -> None:
         """Let all go; they come again, and get it all."""
         for follower in self._followers.values():

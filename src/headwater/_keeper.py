@@ -39,7 +39,6 @@ from headwater._messages import (
     Attached,
     Done,
     Failed,
-    FeedLost,
     FeedTo,
     Flip,
     Hello,
@@ -93,7 +92,11 @@ _fed = msgspec.msgpack.Decoder(Step | Pushed | PagePut | Back)
 
 
 class Keeper:
-    """Keeps one shard. Its requests come from the coordinator, one at a time; `note` from any thread."""
+    """Keeps one shard. Its requests come from the coordinator, one at a time; `note` from any thread.
+
+    tell_lost: tells the coordinator that the follower of the server with this index has not got all, before more is acknowledged; raises
+    where that must not be.
+    """
 
     def __init__(
         self,
@@ -102,9 +105,9 @@ class Keeper:
         path: str,
         durability: Durability,
         token: str = "",
-        job: Address | None = None,
+        tell_lost: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self._shard, self._files, self._path, self._token, self._job = shard, files, path, token, job
+        self._shard, self._files, self._path, self._token, self._tell_lost = shard, files, path, token, tell_lost
         self._persists = durability.kind != "snapshot"
         self._has_log, self._is_replicated = durability.kind == "log", durability.kind == "replicated"
         self._log: Log | None = None
@@ -193,7 +196,8 @@ class Keeper:
                 self._finish()
             if self._book is None:
                 return Recalled(-1)
-            return Recalled(self._book.commit if self._pending is None else self._pending.commit, self._book.commit)
+            last = self._book if self._pending is None else self._pending
+            return Recalled(last.commit, self._book.commit, self._book.history)
         self._stop()
         manifest = self._manifest(request.snapshot)
         book = decode_book(manifest.book)
@@ -266,16 +270,8 @@ class Keeper:
         self._pending = None
 
     def _lose_follower(self) -> None:
-        """Tell the coordinator, which would take the follower for us. Raises PeerLostError, UnreachableError."""
-        if self._job is None or self._is_closed:
-            return
-        connection = connect(self._job)
-        try:
-            connection.set_timeout(_limits.SILENCE_S)
-            request(connection, Hello(self._token, "server", 0))
-            request(connection, FeedLost(self._index))
-        finally:
-            connection.close()
+        if not self._is_closed:
+            self._tell_lost(self._index)
 
     def begin_following(self) -> int:
         """Make ready for the state of another server; returns what its records are known by, 0 where this one leads by now."""

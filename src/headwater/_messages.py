@@ -284,10 +284,11 @@ class Recall(Message, frozen=True, tag=True):
 
 
 class Recalled(Message, frozen=True, tag=True):
-    """To this commit; -1: nowhere. held: from what it has, to this one as well, and to none between."""
+    """To this commit; -1: nowhere. held: from what it has, to this one as well, and to none between, of this history."""
 
     commit: int
     held: int = -1
+    history: int = 0
 
 
 class Restore(Message, frozen=True, tag=True):
@@ -364,9 +365,10 @@ class FeedTo(Message, frozen=True, tag=True):
 
 
 class FeedLost(Message, frozen=True, tag=True):
-    """Server to coordinator: the follower of server `index` does not get all that is acknowledged from now on. Answer: Done."""
+    """Server to coordinator: my follower lacks what is acknowledged from now on. Answer: Done; an error where another has my place."""
 
     index: int
+    address: ServerAddress
 
 
 class Apply(Message, frozen=True, tag=True):

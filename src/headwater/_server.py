@@ -122,7 +122,7 @@ class Server(Listener):
                 f"Expected up to {_limits.WORKERS} workers and 1 to {_limits.SERVERS} servers, got {workers} and {servers}."
             )
         self.shard = Shard(threads=threads or len(os.sched_getaffinity(0)), level=level)
-        self._index, self._follows = 0 if join is None else index, follows
+        self._join, self._index, self._follows = join, 0 if join is None else index, follows
         self._keeper, keep = None, None
         self._let_go: Callable[[], None] = lambda: None  # of the store
         if durability is not None:
@@ -134,7 +134,8 @@ class Server(Listener):
             place = -1 if durability.kind == "replicated" and not is_apart else self._index
             has_log = durability.kind == "log"
             files, path, self._let_go = open_store(store, place, resumes=resumes or follows, has_log=has_log)
-            self._keeper = self.shard.keeper = Keeper(self.shard, files, path, durability, token, join)
+            tell_lost = self._lose_follower if join is not None else lambda _: None
+            self._keeper = self.shard.keeper = Keeper(self.shard, files, path, durability, token, tell_lost)
             if join is None:
                 keep = Snapshots(files, path, durability, partial(fold, files, path))
         self.coordinator: Coordinator | None = None
@@ -193,6 +194,18 @@ class Server(Listener):
                 warn(f"the coordinator does not take this server back: {error}")
                 break
         self.stopped.set()
+
+    def _lose_follower(self, index: int) -> None:
+        """Tell the coordinator, which would take the follower for us; it may have done so, if it has lost us. Raises PeerLostError then, or
+        UnreachableError."""
+        assert self._join is not None
+        connection = connect(self._join)
+        try:
+            connection.set_timeout(_limits.SILENCE_S)
+            request(connection, Hello(self.token, "server", 0))
+            request(connection, FeedLost(index, self.address))
+        finally:
+            connection.close()
 
     def begin_following(self) -> int:
         """Have what a server does from now on, and nothing that another has sent before; returns what its records are known by."""
@@ -339,7 +352,7 @@ class _Handler:
             case Enroll() if self.role == "server":
                 self._enroll(message)
             case FeedLost() if self.role == "server":
-                self._job().lose_follower(message.index)
+                self._job().lose_feed(message.index, message.address)
                 self._answer(Done())
             case Room(room=0 | 1, share=True) if self.role == "leader" and self._connection.can_share:
                 self._connection.send(*self._rooms.make_room(message, can_share=True))

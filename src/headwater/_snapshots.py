@@ -21,7 +21,7 @@ from typing import Protocol
 import msgspec
 
 from headwater._book import Book, new_history
-from headwater._errors import HeadwaterError, InternalError, StorageError, debug, warn
+from headwater._errors import HeadwaterError, HostError, InternalError, StorageError, debug, warn
 from headwater._files import Files
 from headwater._messages import (
     AnyMessage,
@@ -37,7 +37,7 @@ from headwater._messages import (
     Unpin,
 )
 from headwater._plan import Plan
-from headwater._snapshot import Manifest, find, open_manifest, prune, publish, snapshot_name
+from headwater._snapshot import MANIFEST, Manifest, find, open_manifest, prune, publish, snapshot_name
 from headwater.durability import Durability
 
 POLL_S = 0.02
@@ -101,7 +101,9 @@ class Snapshots:
         if self._is_replicated:
             recalled = [r for r in ask_each(lambda i: Recall("", i)) if isinstance(r, Recalled)]
             commit = min(r.commit for r in recalled)
-            if commit >= 0 and all(commit in (r.commit, r.held) for r in recalled):
+            # Where a snapshot was being restored, and one has died or could not read it, they may be of different ones.
+            are_one = len({r.history for r in recalled}) == 1
+            if commit >= 0 and are_one and all(commit in (r.commit, r.held) for r in recalled):
                 answers = ask_each(lambda i: Restore("", commit, i, count, is_warm=True))
                 books = [decode_book(answer.book) for answer in answers if isinstance(answer, Restored)]
                 # A change between two commits that some have and the first has not is given up; its number is not used again.
@@ -111,6 +113,7 @@ class Snapshots:
                     self._take(_Restored(book, ask_each))
                 return book, True
         first: StorageError | None = None
+        unread: list[str] = []
         for name in find(self.files, self.path):
             try:
                 are_others = self._manifest(name).servers != count
@@ -118,15 +121,30 @@ class Snapshots:
                 book = self._restore(self._fold(name) if self.has_log and are_others else name, count, ask_each)
             except StorageError as error:
                 first = first or error
+                unread.append(name)
                 warn(f"{error} Trying an older snapshot.")
                 continue
             if self.has_log and are_others:
                 self._take(_Restored(book, ask_each))  # from which the new logs go on; whoever takes one waits for us
+            if not self.has_log:
+                self._give_up(unread)
             return book, self.has_log
         if first is not None:
             raise StorageError(f"Expected a snapshot in {self.path} that can be read, got none: {first}") from first
         ask_each(lambda i: Restore("", 0, i, count))
         return None, True
+
+    def _give_up(self, names: list[str]) -> None:
+        """The job goes on without what these snapshots hold. Should one of them be readable another time, it is none any more."""
+        for name in names:
+            folder = f"{self.path}/{name}"
+            try:
+                self.files.rename(f"{folder}/{MANIFEST}", f"{folder}/{MANIFEST}.given-up")
+                self.files.sync_folder(folder)
+            except StorageError as error:
+                raise HostError(
+                    f"{error} The job cannot go on from an older snapshot while {folder} may come back."
+                ) from error
 
     def _can_go_back(self, book: Book) -> bool:
         """Whether the newest snapshot can be read and is of a job in which as much was registered."""
