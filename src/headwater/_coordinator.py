@@ -62,6 +62,7 @@ from headwater._messages import (
     Initialised,
     Leased,
     LeaseTake,
+    LetWrite,
     Normed,
     Norms,
     OpenTable,
@@ -653,6 +654,11 @@ class Coordinator:
             while not self._is_initialised or self._settling:
                 # Where it is this one, it did not hear that it was asked.
                 if self._initialiser in (None, identity) and not self._is_initialised:
+                    self._when_idle()  # nobody else speaks to the servers; and another may have been asked meanwhile
+                    self._require(identity)
+                    if self._initialiser not in (None, identity) or self._is_initialised:
+                        continue
+                    self._ask(LetWrite(identity))
                     self._initialiser = identity
                     return Registered(True)
                 self._wait(
@@ -1231,11 +1237,14 @@ class Coordinator:
 
     # Readers, figures, waiting.
 
-    def hold(self, identity: int, tell: Tell) -> Held:
-        """Keep commits waiting so that several planes can be read together, for HOLD_S at most."""
+    def hold(self, identity: int, tell: Tell, *, writes: bool = False) -> Held:
+        """Keep commits waiting so that several planes can be read together, or written by a worker, for HOLD_S at most."""
         with self._changed:
             self._wait(lambda: not self._is_busy and not self._is_held(but=identity), lambda: ["another reader"], tell)
             self._holder = (identity, time.monotonic() + _limits.HOLD_S)
+            if writes:
+                self._require(identity)
+                self._ask(LetWrite(identity))
             return self._described()
 
     def _described(self) -> Held:

@@ -33,6 +33,7 @@ from headwater._messages import (
     Done,
     Flip,
     Flipped,
+    LetWrite,
     Normed,
     Norms,
     Prepare,
@@ -113,6 +114,7 @@ class Shard:
         self.tables = Tables(threads=self.threads, level=self.level)
         self.commit = 0
         self.side = 0  # the parameter buffer that is the state; a commit is made in another
+        self._writer: int | None = None  # the identity of who may replace it
         self._half = 0  # likewise of the two copies of everything else
         self._target = self._target_half = 1  # where what is prepared lies
         self.layout: Layout | None = None
@@ -158,6 +160,9 @@ class Shard:
                     return Done()
                 case Detach():
                     self._workers.pop(request.identity, None)
+                    return Done()
+                case LetWrite():
+                    self._writer = request.identity
                     return Done()
         raise ProtocolError(f"Expected a coordinator's request, got {type(request).__name__}.")
 
@@ -251,7 +256,7 @@ class Shard:
             if self._standing is not None:
                 self._standing.has_counted = True
             self._prepared = False
-        self.commit, self._specs, self._aggregated = request.commit, (), None
+        self.commit, self._specs, self._aggregated, self._writer = request.commit, (), None, None
         return Flipped(self.side)
 
     def _free_side(self) -> int:
@@ -570,9 +575,16 @@ class Shard:
         with self.lock:
             return self.commit, np.concatenate([piece.view(np.uint8) for piece in self._pieces(plane)])
 
-    def write(self, plane: str, data: np.ndarray) -> None:
-        """Replace a plane, `data` being what `read` returns; the parameters and their master copy change together."""
+    def write(self, plane: str, data: np.ndarray, identity: int) -> None:
+        """Replace a plane, `data` being what `read` returns; the parameters and their master copy change together.
+
+        Raises PeerLostError for a worker that the coordinator has not asked for it, or so long ago that the job has gone on.
+        """
         with self.lock:
+            if identity != self._writer:
+                raise PeerLostError(
+                    "Expected values from the worker that the job has asked for them, got them from one that it was before."
+                )
             self._foreseen = None
             pieces = [piece.view(np.uint8) for piece in self._pieces(plane)]
             if data.nbytes != sum(piece.nbytes for piece in pieces):

@@ -120,6 +120,9 @@ class Keeper:
         self._next_feed: Feed | None = None  # which begins with the next pinned state
         self._is_closed = self._is_fed_anew = False
         self._leads = False  # it has had commits of its own to keep
+        self._is_uncertain = (
+            False  # it was restored from a snapshot, and the job may have gone on from another, or not at all
+        )
         self._queued: list[tuple[bytes, list[np.ndarray]]] | None = []  # what came before the state it goes on from
         self._applying: _Applying | None = None  # the record that it was fed last, if that is not done
         self.life = 0  # rises when what it was fed is of no use any more
@@ -128,6 +131,8 @@ class Keeper:
 
     def handle(self, request: AnyMessage) -> AnyMessage | None:
         """Carry out what concerns the store; None where the shard has the answer."""
+        if not isinstance(request, (Recall, Restore)):
+            self._is_uncertain = False
         match request:
             case Recall():
                 return self._recall(request)
@@ -194,10 +199,9 @@ class Keeper:
         if not request.snapshot:
             with self._turn, suppress(HeadwaterError):
                 self._finish()
-            if self._book is None:
+            if self._book is None or self._is_uncertain:
                 return Recalled(-1)
-            last = self._book if self._pending is None else self._pending
-            return Recalled(last.commit, self._book.commit, self._book.history)
+            return Recalled(self._book.commit if self._pending is None else self._pending.commit, self._book.commit)
         self._stop()
         manifest = self._manifest(request.snapshot)
         book = decode_book(manifest.book)
@@ -240,7 +244,7 @@ class Keeper:
                 raise HostError(str(error)) from error
         if self._is_replicated:
             self._drop_feeds()
-            self._pending = None
+            self._pending, self._is_uncertain = None, not request.follows
             with self._turn:
                 self._book, queued, self._queued = book, self._queued or [], None
                 if not request.follows:
@@ -251,10 +255,13 @@ class Keeper:
 
     def _stay(self, request: Restore) -> Restored:
         """Be at a commit from what is here: that of the state, or of what is prepared."""
-        assert self._book is not None
         self._give_up()
         with self._turn:
             self._finish()
+            if self._book is None:
+                raise PeerLostError(
+                    "Expected a server with the state that it had, got one that begins to follow another."
+                )
             self._queued, self._leads, self.life = None, True, self.life + 1  # whoever fed this one is no more
             self._settle(request.commit)
             self._index = request.index
@@ -461,6 +468,7 @@ class Keeper:
         """
         if tables is not self._shard.tables:
             raise PeerLostError("Expected a request of the job as it is now, got one from before a server was lost.")
+        self._is_uncertain = False
         return self._write(record, arrays)
 
     def _write(self, record: Step | Pushed | PagePut, arrays: Sequence[np.ndarray]) -> Callable[[], None]:

@@ -149,6 +149,12 @@ class Detach(Message, frozen=True, tag=True):
     identity: int
 
 
+class LetWrite(Message, frozen=True, tag=True):
+    """Coordinator to server: this worker may Put, and nobody else, until the next Flip. Answer: Done."""
+
+    identity: int
+
+
 class Put(Message, frozen=True, tag=True):
     """To a server: replace a plane of its state. Payload: the server's part of it."""
 
@@ -284,11 +290,10 @@ class Recall(Message, frozen=True, tag=True):
 
 
 class Recalled(Message, frozen=True, tag=True):
-    """To this commit; -1: nowhere. held: from what it has, to this one as well, and to none between, of this history."""
+    """To this commit; -1: nowhere. held: from what it has, to this one as well, and to none between."""
 
     commit: int
     held: int = -1
-    history: int = 0
 
 
 class Restore(Message, frozen=True, tag=True):
@@ -399,7 +404,9 @@ class Leave(Message, frozen=True, tag=True):
 
 
 class Hold(Message, frozen=True, tag=True):
-    """To the coordinator: no commits until Resume, so that several planes can be read together. Answer: Held."""
+    """To the coordinator: no commits until Resume, so that several planes can be read together, or written. Answer: Held."""
+
+    writes: bool = False
 
 
 class Held(Message, frozen=True, tag=True):
@@ -701,7 +708,7 @@ class ReplicaStats(Message, frozen=True, tag=True):
 
 AnyMessage = (
     Hello | Here | Welcome | Failed | Done | Waiting | Beat | Register | Registered | Initialised | Assign | Attach
-    | Attached | Sides | Detach | Put | Pull | Pulled | Push | Seal | Committed | Prepare | Prepared | Norms | Normed
+    | Attached | Sides | Detach | LetWrite | Put | Pull | Pulled | Push | Seal | Committed | Prepare | Prepared | Norms | Normed
     | Flip | Flipped | Enroll | Leave | Hold | Held | Resume | StateGet | State | StateSet | Report | StatsGet | Stats
     | Recall | Recalled | Restore | Restored | Persist | SnapshotBegin | Pin | SnapshotGet | SnapshotState | Unpin
     | FeedTo | FeedLost | Apply | SnapshotTake | SnapshotTaken

@@ -302,7 +302,7 @@ class _Handler:
             case Put():
                 if self._incoming is None:
                     raise ProtocolError("Expected Put with a payload, got none.")
-                self._shard.write(message.plane, self._incoming)
+                self._shard.write(message.plane, self._incoming, self._identity)
                 self._incoming = None
                 self._answer(Done())
             case Beat():
@@ -325,7 +325,7 @@ class _Handler:
                 self._job().end(self._identity)
                 self._answer(Done())
             case Hold():
-                self._answer(self._job().hold(self._identity, self._connection.send))
+                self._answer(self._job().hold(self._identity, self._connection.send, writes=message.writes))
             case Resume():
                 self._job().resume(self._identity)
                 self._answer(Done())

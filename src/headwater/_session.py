@@ -762,7 +762,7 @@ class Session:
         self.pull_parameters()
 
     def _write(self, planes: Mapping[str, Mapping[str, np.ndarray]], steps: tuple[int, ...]) -> None:
-        with self._held():
+        with self._held(writes=True):
             self._put_planes(planes)
             self._ask(Initialised(0, steps), Registered)
 
@@ -790,12 +790,12 @@ class Session:
             dense.put(plane, arrays)
 
     @contextmanager
-    def _held(self) -> Iterator[Held]:
-        """Keep the job's commits waiting."""
+    def _held(self, *, writes: bool = False) -> Iterator[Held]:
+        """Keep the job's commits waiting. writes: planes are going to be put, too."""
+        held = self._ask(Hold(writes), Held)
         if self._is_holding:  # already, and what is around this goes on holding
-            yield self._ask(Hold(), Held)
+            yield held
             return
-        held = self._ask(Hold(), Held)
         self._held_s = time.monotonic()
         self._is_holding = True
         try:
@@ -913,6 +913,11 @@ class Session:
             return
         dense = self._dense
         answer = self._ask_once(Register(self._layout.specs, self._optimizer), Registered)
+        if answer.initialise and self._commit > 0:
+            raise HostError(
+                f"Expected the job to come back with what it had learnt, {self._commit} commits that this worker knows of, got it from "
+                "before its tensors were registered: its newest snapshot cannot be read. See to the store, or start this worker again."
+            )
         if answer.initialise:  # the servers died before anything was kept: these values are the initial ones again
             values = {name: array.copy() for name, array in self.parameters.items()}
             dense.attach_again(0)

@@ -101,9 +101,7 @@ class Snapshots:
         if self._is_replicated:
             recalled = [r for r in ask_each(lambda i: Recall("", i)) if isinstance(r, Recalled)]
             commit = min(r.commit for r in recalled)
-            # Where a snapshot was being restored, and one has died or could not read it, they may be of different ones.
-            are_one = len({r.history for r in recalled}) == 1
-            if commit >= 0 and are_one and all(commit in (r.commit, r.held) for r in recalled):
+            if commit >= 0 and all(commit in (r.commit, r.held) for r in recalled):
                 answers = ask_each(lambda i: Restore("", commit, i, count, is_warm=True))
                 books = [decode_book(answer.book) for answer in answers if isinstance(answer, Restored)]
                 # A change between two commits that some have and the first has not is given up; its number is not used again.
