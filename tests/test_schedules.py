@@ -180,6 +180,7 @@ class Job:
         if self.apart_process is process:
             if not self.apart_is_ready() or any(self.kept_by(i) == [] for i in range(self.count)):
                 self.may_go_back = True
+            self.apart = None
             self.later(self.start_apart, lambda: self.apart_process is process and not self.is_down)
 
     def start_server(self, i: int) -> None:

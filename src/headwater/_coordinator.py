@@ -660,9 +660,10 @@ class Coordinator:
                         continue
                     self._ask(LetWrite(identity))
                     self._initialiser = identity
+                    self._changed.notify_all()  # it may ask again already, on another connection
                     return Registered(True)
                 self._wait(
-                    lambda: (self._is_initialised and not self._settling) or self._initialiser is None,
+                    lambda: (self._is_initialised and not self._settling) or self._initialiser in (None, identity),
                     lambda: [str(self._workers[w]) for w in (self._initialiser,) if w is not None],
                     tell,
                 )

@@ -890,10 +890,10 @@ class Session:
         peers = self._peers
         welcome = peers.reconnect(self.index)
         self.index = welcome.index
-        # Where this worker was taken for dead, others have what it held, and may have used it.
+        # Where this worker was taken for dead, others have what it held, and may have used it; or the job has forgotten that it was.
         went_back = welcome.history != self._history
         counts = {name: welcome.leased.get(name, (0, 0)) for name in self._leased}
-        taken = {name for name, data in self._leased.items() if counts[name][1] < data.had}
+        taken = {name for name, data in self._leased.items() if not counts[name][0] <= data.had <= counts[name][1]}
         tables = self._tables
         if tables is not None:
             for table in tables:
