@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,10 +22,21 @@ from headwater import _limits, durability
 from headwater._book import Book
 from headwater._errors import PeerLostError, SettingError, StorageError
 from headwater._keeper import Back, Feed, Step
-from headwater._messages import AnyMessage, Done, Restore, Restored, SnapshotGet, SnapshotState
+from headwater._messages import (
+    AnyMessage,
+    Done,
+    OpenTable,
+    PushRows,
+    Restore,
+    Restored,
+    Room,
+    SnapshotGet,
+    SnapshotState,
+)
+from headwater._rows import TableSpec, batch_bytes, rows_at
 from headwater._snapshot import find, open_manifest
 from headwater._snapshots import Rest, Snapshots, _Restored
-from headwater._table import RowChanges, Rows
+from headwater._table import RowChanges, Rows, Tables
 from headwater._transport import Address
 
 SIZE = 40_000  # so that two servers have a part each
@@ -521,3 +532,36 @@ def test_a_snapshot_that_a_job_went_on_without_does_not_come_back() -> None:
     assert restored() == 3
     snapshots.take(_Restored(Book(hw.bsp(), 1, 4), ask_each))
     assert restored() == 4
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_push_that_is_said_again_waits_as_it_did_the_first_time(*, fails: bool) -> None:
+    """Its connection may have ended while it was being written down: that it is known does not say that it survives."""
+    spec = TableSpec("t", 2, hw.optim.SGD(lr=1.0), hw.Constant(0.0), 0, hw.RowPolicy(), hw.asp())
+    tables, waited, written = Tables(threads=1, level="auto"), [0], [0]
+    tables.handle(OpenTable(0, spec, 0, 1))
+
+    def survives() -> None:
+        waited[0] += 1
+        if waited[0] == 1:
+            raise PeerLostError("The connection ended.")
+
+    def note(record: object, arrays: object) -> Callable[[], None]:
+        written[0] += 1
+        if fails:
+            raise StorageError("Cannot write.")
+        return survives
+
+    tables.note = note
+    batch = np.zeros(batch_bytes(1, 2), np.uint8)
+    batch[:8].view(np.int64)[:], batch[rows_at(1) :].view(np.float32)[:] = 7, 1.0
+    for error in [StorageError, StorageError] if fails else [PeerLostError, None]:
+        desk, push = tables.desk(1), PushRows(0, 0, -1, 1, tuple(spec.optimizer.scalars().values()))
+        desk.handle(Room(0, batch.nbytes, share=False), can_share=False)
+        desk.sink(push, batch.nbytes)[:] = memoryview(batch)
+        with pytest.raises(error) if error is not None else nullcontext():
+            desk.handle(push, can_share=False)
+    assert (written[0], waited[0]) == (1, 0 if fails else 2)
+    rows = np.zeros((1, 2), np.float32)
+    tables.tables[0].pull(np.array([7]), rows, touch=False)
+    assert rows.tolist() == [[-1.0, -1.0]]

@@ -348,6 +348,7 @@ class Tables:
         self.note: Note | None = None
         self.is_over = False  # the server went back: others have taken their place
         self.sequences: dict[tuple[int, int], int] = {}  # by identity and table, of the last push that counted at once
+        self._waits: dict[tuple[int, int], Callable[[], None]] = {}  # likewise, what waits until that survives
         self._desks: dict[int, Desk] = {}  # by identity
         self._gathered: tuple[Gather, list[tuple[int, Part]], float] | None = None
 
@@ -454,13 +455,33 @@ class Tables:
         """Whether a push that counts at once has done so. The longest silent workers are forgotten."""
         return sequence <= self.sequences.get((identity, table), -1)
 
-    def count(self, identity: int, table: int, sequence: int) -> None:
-        """Note that a push has counted."""
+    def count(
+        self, identity: int, table: int, sequence: int, write: Callable[[], Callable[[], None] | None] = lambda: None
+    ) -> Callable[[], None] | None:
+        """Note that a push has counted, and write it down, under its table's lock; returns what `write` does."""
+        key = identity, table
         with self.lock:
-            self.sequences.pop((identity, table), None)
-            self.sequences[identity, table] = sequence
+            self.sequences.pop(key, None)
+            self.sequences[key] = sequence
             while len(self.sequences) > _limits.SEQUENCES:
-                del self.sequences[next(iter(self.sequences))]
+                oldest = next(iter(self.sequences))
+                del self.sequences[oldest]
+                self._waits.pop(oldest, None)
+        try:
+            wait = write()
+        except HeadwaterError as error:
+            self._waits[key] = partial(_fail, error)
+            raise
+        if wait is not None:
+            self._waits[key] = wait
+        return wait
+
+    def wait_for(self, identity: int, table: int) -> None:
+        """Return when the last push that has counted survives: it is said again, for its answer was lost. Raises as that did."""
+        with self.tables[table].lock:
+            wait = self._waits.get((identity, table))
+        if wait is not None:
+            wait()
 
     def close(self) -> None:
         """Take nothing more from anybody: others are in their place."""
@@ -555,11 +576,10 @@ class Desk(Rooms):
         with self._tables.lock:
             if self.is_gone:
                 raise _left()
-            if request.sequence <= self._sequences.get(request.table, -1) or self._tables.has_counted(
-                self.identity, request.table, request.sequence
-            ):
-                return  # it has counted already
-            if rows.spec.is_staged:
+            has_counted = self._tables.has_counted(self.identity, request.table, request.sequence)
+            if request.sequence <= self._sequences.get(request.table, -1):
+                return  # it is staged already
+            if rows.spec.is_staged and not has_counted:
                 if len(self.staged) >= _limits.STAGED_PUSHES:
                     raise UsageError(
                         f"Expected a step after at most {_limits.STAGED_PUSHES} pushes to tables, got none: under BSP they count "
@@ -569,10 +589,14 @@ class Desk(Rooms):
                 self._sequences[request.table] = request.sequence
                 return
 
+        if has_counted:
+            self._tables.wait_for(self.identity, request.table)
+            return
+
         def note(now: float) -> Callable[[], None] | None:
-            self._tables.count(self.identity, request.table, request.sequence)
             record = Pushed(self.identity, request.table, request.sequence, part.scalars, now)
-            return self._tables.write_down(record, (part.ids, part.gradients))
+            write = partial(self._tables.write_down, record, (part.ids, part.gradients))
+            return self._tables.count(self.identity, request.table, request.sequence, write)
 
         wait = rows.push(part, note=note)
         if wait is not None:
@@ -583,6 +607,10 @@ class Desk(Rooms):
         if rows is None:
             raise PeerLostError(f"Expected a table that is declared, got number {number}: declare it again.")
         return rows
+
+
+def _fail(error: HeadwaterError) -> None:
+    raise type(error)(str(error))
 
 
 def _left() -> PeerLostError:
