@@ -561,7 +561,7 @@ def test_a_push_that_is_said_again_waits_as_it_did_the_first_time(*, fails: bool
         desk.sink(push, batch.nbytes)[:] = memoryview(batch)
         with pytest.raises(error) if error is not None else nullcontext():
             desk.handle(push, can_share=False)
-    assert (written[0], waited[0]) == (1, 0 if fails else 2)
+    assert (written[0], waited[0]) == ((2, 0) if fails else (1, 2))
     rows = np.zeros((1, 2), np.float32)
     tables.tables[0].pull(np.array([7]), rows, touch=False)
     assert rows.tolist() == [[-1.0, -1.0]]

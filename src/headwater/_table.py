@@ -349,6 +349,7 @@ class Tables:
         self.is_over = False  # the server went back: others have taken their place
         self.sequences: dict[tuple[int, int], int] = {}  # by identity and table, of the last push that counted at once
         self._waits: dict[tuple[int, int], Callable[[], None]] = {}  # likewise, what waits until that survives
+        self._unwritten: set[tuple[int, int]] = set()  # likewise, those that could not be written down
         self._desks: dict[int, Desk] = {}  # by identity
         self._gathered: tuple[Gather, list[tuple[int, Part]], float] | None = None
 
@@ -435,7 +436,10 @@ class Tables:
             desk = self._desks[identity] = Desk(self, identity)
             if before is not None:
                 before.is_gone = True
-            return desk
+        if before is not None:
+            with before.turn:  # a push that is under way there may be said again here
+                pass
+        return desk
 
     @contextmanager
     def still(self) -> Iterator[None]:
@@ -467,21 +471,26 @@ class Tables:
                 oldest = next(iter(self.sequences))
                 del self.sequences[oldest]
                 self._waits.pop(oldest, None)
-        try:
-            wait = write()
-        except HeadwaterError as error:
-            self._waits[key] = partial(_fail, error)
-            raise
+                self._unwritten.discard(oldest)
+        return self._written(key, write)
+
+    def _written(
+        self, key: tuple[int, int], write: Callable[[], Callable[[], None] | None]
+    ) -> Callable[[], None] | None:
+        self._unwritten.add(key)
+        wait = write()
+        self._unwritten.discard(key)
         if wait is not None:
             self._waits[key] = wait
         return wait
 
-    def wait_for(self, identity: int, table: int) -> None:
-        """Return when the last push that has counted survives: it is said again, for its answer was lost. Raises as that did."""
+    def count_again(
+        self, identity: int, table: int, write: Callable[[], Callable[[], None] | None]
+    ) -> Callable[[], None] | None:
+        """A push that has counted is said again. Write it down if that failed; returns what waits until it survives."""
+        key = identity, table
         with self.tables[table].lock:
-            wait = self._waits.get((identity, table))
-        if wait is not None:
-            wait()
+            return self._written(key, write) if key in self._unwritten else self._waits.get(key)
 
     def close(self) -> None:
         """Take nothing more from anybody: others are in their place."""
@@ -505,6 +514,7 @@ class Desk(Rooms):
         super().__init__()
         self._tables, self.identity = tables, identity
         self.is_gone = False
+        self.turn = threading.Lock()  # held while a push counts
         self.staged: list[_Staged] = []
         self._sequences: dict[int, int] = {}  # of the last push that was staged, by table
         self._streams: set[tuple[int, str]] = set()  # that end with this connection: table, consumer
@@ -532,7 +542,8 @@ class Desk(Rooms):
                 rows = self._table(request.table)
                 answer = self.pull(request, payload, rows.spec.dim, partial(rows.pull, touch=request.touch))
             case PushRows():
-                self._push(request, payload)
+                with self.turn:
+                    self._push(request, payload)
             case WarmRows():
                 self._table(request.table).warm(self._ids(request, request.room, payload))
             case Room():
@@ -589,16 +600,17 @@ class Desk(Rooms):
                 self._sequences[request.table] = request.sequence
                 return
 
-        if has_counted:
-            self._tables.wait_for(self.identity, request.table)
-            return
+        def write(now: float) -> Callable[[], None] | None:
+            record = Pushed(self.identity, request.table, request.sequence, part.scalars, now)
+            return self._tables.write_down(record, (part.ids, part.gradients))
 
         def note(now: float) -> Callable[[], None] | None:
-            record = Pushed(self.identity, request.table, request.sequence, part.scalars, now)
-            write = partial(self._tables.write_down, record, (part.ids, part.gradients))
-            return self._tables.count(self.identity, request.table, request.sequence, write)
+            return self._tables.count(self.identity, request.table, request.sequence, partial(write, now))
 
-        wait = rows.push(part, note=note)
+        if has_counted:
+            wait = self._tables.count_again(self.identity, request.table, lambda: write(time.time()))
+        else:
+            wait = rows.push(part, note=note)
         if wait is not None:
             wait()
 
@@ -607,10 +619,6 @@ class Desk(Rooms):
         if rows is None:
             raise PeerLostError(f"Expected a table that is declared, got number {number}: declare it again.")
         return rows
-
-
-def _fail(error: HeadwaterError) -> None:
-    raise type(error)(str(error))
 
 
 def _left() -> PeerLostError:
