@@ -632,7 +632,7 @@ class Coordinator:
         try:
             while self._is_busy:
                 self._changed.wait()
-            if not self._workers[identity].live:
+            if self._is_ready and not self._workers[identity].live:
                 self._ask(Detach(identity))
         except PeerLostError:
             pass  # which has its own consequences
@@ -663,7 +663,7 @@ class Coordinator:
                     self._changed.notify_all()  # it may ask again already, on another connection
                     return Registered(True)
                 self._wait(
-                    lambda: (self._is_initialised and not self._settling) or self._initialiser in (None, identity),
+                    lambda: not self._settling if self._is_initialised else self._initialiser in (None, identity),
                     lambda: [str(self._workers[w]) for w in (self._initialiser,) if w is not None],
                     tell,
                 )
@@ -1241,7 +1241,11 @@ class Coordinator:
     def hold(self, identity: int, tell: Tell, *, writes: bool = False) -> Held:
         """Keep commits waiting so that several planes can be read together, or written by a worker, for HOLD_S at most."""
         with self._changed:
-            self._wait(lambda: not self._is_busy and not self._is_held(but=identity), lambda: ["another reader"], tell)
+            self._wait(
+                lambda: self._is_ready and not self._is_busy and not self._is_held(but=identity),
+                lambda: ["another reader"],
+                tell,
+            )
             self._holder = (identity, time.monotonic() + _limits.HOLD_S)
             if writes:
                 self._require(identity)

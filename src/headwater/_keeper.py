@@ -624,10 +624,10 @@ class Feed:
         return blobs
 
     def _lose(self, why: HeadwaterError) -> None:
+        self._connection.close()  # first: an answer that comes too late is none to what is sent next
         self._tell()  # before anything is acknowledged that it lacks
         warn(f"a follower is lost: {why} Until there is another, what is acknowledged survives as under snapshot.")
         self._is_lost = True
-        self._connection.close()
 
     def close(self) -> None:
         """Send no more."""

@@ -37,7 +37,16 @@ from headwater._messages import (
     Unpin,
 )
 from headwater._plan import Plan
-from headwater._snapshot import MANIFEST, Manifest, find, open_manifest, prune, publish, snapshot_name
+from headwater._snapshot import (
+    MANIFEST,
+    Manifest,
+    find,
+    open_manifest,
+    prune,
+    publish,
+    snapshot_name,
+    verify,
+)
 from headwater.durability import Durability
 
 POLL_S = 0.02
@@ -96,7 +105,7 @@ class Snapshots:
         """Let `count` servers be at the same commit; returns the book that goes with it, None where the store is empty, and whether
         all that was acknowledged is in it.
 
-        Raises StorageError when none of the snapshots can be read.
+        Raises StorageError when none of the snapshots can be read, HostError when one can and cannot be taken all the same.
         """
         if self._is_replicated:
             recalled = [r for r in ask_each(lambda i: Recall("", i)) if isinstance(r, Recalled)]
@@ -118,6 +127,10 @@ class Snapshots:
                 # Logs are of so many servers as have written them.
                 book = self._restore(self._fold(name) if self.has_log and are_others else name, count, ask_each)
             except StorageError as error:
+                if not self.has_log and self._is_whole(
+                    name
+                ):  # an older one would not do either, and cost what came between
+                    raise HostError(str(error)) from error
                 first = first or error
                 unread.append(name)
                 warn(f"{error} Trying an older snapshot.")
@@ -131,6 +144,13 @@ class Snapshots:
             raise StorageError(f"Expected a snapshot in {self.path} that can be read, got none: {first}") from first
         ask_each(lambda i: Restore("", 0, i, count))
         return None, True
+
+    def _is_whole(self, name: str) -> bool:
+        try:
+            verify(self.files, f"{self.path}/{name}", self._manifest(name))
+        except StorageError:
+            return False
+        return True
 
     def _give_up(self, names: list[str]) -> None:
         """The job goes on without what these snapshots hold. Should one of them be readable another time, it is none any more."""

@@ -6,7 +6,8 @@ and that it is the state (`Flip`). Then each touched row makes one step with Σ 
 order; a push without a gradient for the row counts as zero. Until then nothing has happened.
 
 Who may touch what: a worker's room is the worker's but between its request and the answer. `Tables.lock` guards the desks and
-what is staged, a table's own lock its step number; the rows guard themselves. Locks are taken in this order.
+what is staged and has counted, a table's own lock its step number and the order of its pushes; the rows guard themselves. Within a table's
+lock that of `Tables` may be taken, never the other way round.
 """
 
 from __future__ import annotations
@@ -137,22 +138,30 @@ class Rows:
             self._checked = scalars
 
     def push(
-        self, part: Part, *, now: float | None = None, pieces: int = 1, note: Callable[[float], _W] | None = None
+        self,
+        part: Part,
+        *,
+        now: float | None = None,
+        pieces: int = 1,
+        is_new: Callable[[], bool] = lambda: True,
+        note: Callable[[float], _W] | None = None,
     ) -> _W | None:
         """Let each row make one step. On a StorageError or SettingError nothing has changed, or some of the pieces.
 
-        note: called in the order of application, with the time; what it returns is returned.
+        is_new: asked when nobody else can push; False: nothing is to change. note: called in the order of application, with the time, and
+        whether or not it was new; what it returns is returned.
         """
         optimizer = self.spec.optimizer
         with self.lock, self._host():
             now, step = time.time() if now is None else now, self.step + 1
-            row = np.array(optimizer.row(dict(zip(optimizer.scalar_names, part.scalars, strict=True)), step))
-            for ids, gradients in zip(
-                np.array_split(part.ids, pieces), np.array_split(part.gradients, pieces), strict=True
-            ):
-                self.kernel.push(ids, gradients, row, step=step, now=now)
-            self.step = step
-            self.kernel.sweep(step=step, now=now)
+            if is_new():
+                row = np.array(optimizer.row(dict(zip(optimizer.scalar_names, part.scalars, strict=True)), step))
+                for ids, gradients in zip(
+                    np.array_split(part.ids, pieces), np.array_split(part.gradients, pieces), strict=True
+                ):
+                    self.kernel.push(ids, gradients, row, step=step, now=now)
+                self.step = step
+                self.kernel.sweep(step=step, now=now)
             return note(now) if note is not None else None
 
     def mean(self, parts: Sequence[Part], shares: Sequence[float]) -> Part:
@@ -436,10 +445,7 @@ class Tables:
             desk = self._desks[identity] = Desk(self, identity)
             if before is not None:
                 before.is_gone = True
-        if before is not None:
-            with before.turn:  # a push that is under way there may be said again here
-                pass
-        return desk
+            return desk
 
     @contextmanager
     def still(self) -> Iterator[None]:
@@ -462,8 +468,13 @@ class Tables:
     def count(
         self, identity: int, table: int, sequence: int, write: Callable[[], Callable[[], None] | None] = lambda: None
     ) -> Callable[[], None] | None:
-        """Note that a push has counted, and write it down, under its table's lock; returns what `write` does."""
+        """Note, under its table's lock, that a push has counted, and write it down; returns what waits until it survives, as `write` does.
+
+        One that had counted is said again, for its answer was lost: it is written down if that failed, and waited for as the first time.
+        """
         key = identity, table
+        if self.has_counted(identity, table, sequence) and key not in self._unwritten:
+            return self._waits.get(key)
         with self.lock:
             self.sequences.pop(key, None)
             self.sequences[key] = sequence
@@ -472,25 +483,12 @@ class Tables:
                 del self.sequences[oldest]
                 self._waits.pop(oldest, None)
                 self._unwritten.discard(oldest)
-        return self._written(key, write)
-
-    def _written(
-        self, key: tuple[int, int], write: Callable[[], Callable[[], None] | None]
-    ) -> Callable[[], None] | None:
         self._unwritten.add(key)
         wait = write()
         self._unwritten.discard(key)
         if wait is not None:
             self._waits[key] = wait
         return wait
-
-    def count_again(
-        self, identity: int, table: int, write: Callable[[], Callable[[], None] | None]
-    ) -> Callable[[], None] | None:
-        """A push that has counted is said again. Write it down if that failed; returns what waits until it survives."""
-        key = identity, table
-        with self.tables[table].lock:
-            return self._written(key, write) if key in self._unwritten else self._waits.get(key)
 
     def close(self) -> None:
         """Take nothing more from anybody: others are in their place."""
@@ -514,7 +512,6 @@ class Desk(Rooms):
         super().__init__()
         self._tables, self.identity = tables, identity
         self.is_gone = False
-        self.turn = threading.Lock()  # held while a push counts
         self.staged: list[_Staged] = []
         self._sequences: dict[int, int] = {}  # of the last push that was staged, by table
         self._streams: set[tuple[int, str]] = set()  # that end with this connection: table, consumer
@@ -542,8 +539,7 @@ class Desk(Rooms):
                 rows = self._table(request.table)
                 answer = self.pull(request, payload, rows.spec.dim, partial(rows.pull, touch=request.touch))
             case PushRows():
-                with self.turn:
-                    self._push(request, payload)
+                self._push(request, payload)
             case WarmRows():
                 self._table(request.table).warm(self._ids(request, request.room, payload))
             case Room():
@@ -583,36 +579,37 @@ class Desk(Rooms):
         part = Part(self._ids(request, 0, payload), self._rows(0, request.count, rows.spec.dim), request.scalars)
         rows.check(*part)
         if rows.spec.is_staged:
-            part = Part(part.ids.copy(), part.gradients.copy(), part.scalars)
+            self._stage(request, part, rows)
+            return
+
+        def is_new() -> bool:  # what is under way on a connection that has ended may be said again on another
+            if self.is_gone:
+                raise _left()
+            return not self._tables.has_counted(self.identity, request.table, request.sequence)
+
+        def note(now: float) -> Callable[[], None] | None:
+            record = Pushed(self.identity, request.table, request.sequence, part.scalars, now)
+            write = partial(self._tables.write_down, record, (part.ids, part.gradients))
+            return self._tables.count(self.identity, request.table, request.sequence, write)
+
+        wait = rows.push(part, is_new=is_new, note=note)
+        if wait is not None:
+            wait()
+
+    def _stage(self, request: PushRows, part: Part, rows: Rows) -> None:
         with self._tables.lock:
             if self.is_gone:
                 raise _left()
-            has_counted = self._tables.has_counted(self.identity, request.table, request.sequence)
             if request.sequence <= self._sequences.get(request.table, -1):
-                return  # it is staged already
-            if rows.spec.is_staged and not has_counted:
-                if len(self.staged) >= _limits.STAGED_PUSHES:
-                    raise UsageError(
-                        f"Expected a step after at most {_limits.STAGED_PUSHES} pushes to tables, got none: under BSP they count "
-                        f"with session.step() or optimizer.step(); or declare table {rows.spec.name!r} with hw.asp()."
-                    )
-                self.staged.append(_Staged(request.table, request.step, part))
-                self._sequences[request.table] = request.sequence
                 return
-
-        def write(now: float) -> Callable[[], None] | None:
-            record = Pushed(self.identity, request.table, request.sequence, part.scalars, now)
-            return self._tables.write_down(record, (part.ids, part.gradients))
-
-        def note(now: float) -> Callable[[], None] | None:
-            return self._tables.count(self.identity, request.table, request.sequence, partial(write, now))
-
-        if has_counted:
-            wait = self._tables.count_again(self.identity, request.table, lambda: write(time.time()))
-        else:
-            wait = rows.push(part, note=note)
-        if wait is not None:
-            wait()
+            if len(self.staged) >= _limits.STAGED_PUSHES:
+                raise UsageError(
+                    f"Expected a step after at most {_limits.STAGED_PUSHES} pushes to tables, got none: under BSP they count "
+                    f"with session.step() or optimizer.step(); or declare table {rows.spec.name!r} with hw.asp()."
+                )
+            part = Part(part.ids.copy(), part.gradients.copy(), part.scalars)
+            self.staged.append(_Staged(request.table, request.step, part))
+            self._sequences[request.table] = request.sequence
 
     def _table(self, number: int) -> Rows:
         rows = self._tables.tables.get(number)

@@ -3,7 +3,8 @@
 // Index: lines of 64 bytes, fifteen slots each. A slot is a row number below a tag of hash bits, never 0: as many as the largest
 // number leaves of 32, so that hardly ever another id's row is looked at; 0 is free. An id's home is the line that its hash falls in; when that is full, it goes to the next with room, and `passed` of every
 // line on the way is raised by one. So a search ends at the first line that nobody passed, and nothing is left behind by a
-// deletion. Lines hold 13 rows on average at most and grow by a quarter.
+// deletion. Lines hold 13 rows on average at most and grow by a quarter,
+// with rows on disk by a sixteenth.
 //
 // A row: Header, `dim` values, `slots` floats of state. Row number n lies in chunk n >> shift. Rows in use and free ones have
 // numbers below `used`; the free ones are a chain.

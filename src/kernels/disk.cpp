@@ -95,6 +95,7 @@ void Disk::run(int64_t count, const Task& task) {
     int stage = 0;
     bool is_write = false;
   };
+  if (count == 0) return;
   std::lock_guard<std::mutex> hold(turn_);
   const int depth = static_cast<int>(std::min<int64_t>(kDepth, count));
   std::vector<Slot> slots(static_cast<size_t>(depth));

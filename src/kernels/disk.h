@@ -32,7 +32,8 @@ class Disk {
   // What to do with a unit, and a buffer of its size, at first (stage 0), after that (stage 1), and so on; nothing: it is through.
   using Task = std::function<std::optional<Step>(int64_t index, int stage, char* buffer)>;
   // Carries out task(0, …) … task(count − 1, …), of kDepth at once their reads and writes; the task itself is called on this thread, one at
-  // a time. The first exception is thrown, or std::system_error, when nothing is under way any more; others wait for their turn.
+  // a time; it must not call run or read. The first exception is thrown, or std::system_error, when nothing is under way any more; others
+  // wait for their turn.
   void run(int64_t count, const Task& task);
   // Reads units and calls take(index, buffer) for each as it comes.
   void read(const std::vector<uint32_t>& units, const std::function<void(int64_t, const char*)>& take);
