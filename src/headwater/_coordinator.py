@@ -282,6 +282,7 @@ class Coordinator:
 
     def _add_follower(self, index: int, follower: _Server) -> None:
         """Bring a follower to the state of its server, beside training; from then on it has each commit before it is acknowledged."""
+        self._check_failure()  # else it would come again and again
         if index in self._followers or index in self._joining or self._keep is None:
             raise SettingError(f"Expected server {index} to have no follower, got another one.")
         self._joining[index] = follower
