@@ -488,7 +488,8 @@ class Job:
 
     def is_whole(self) -> bool:
         job = getattr(self.apart if self.is_replicated else self.servers[0], "coordinator", None)
-        return job is not None and (job._is_ready or job._failure is not None) and None not in self.servers
+        # Where a disk has failed the job, when nobody was left to hear of it, servers come and go.
+        return job is not None and (job._failure is not None or (job._is_ready and None not in self.servers))
 
     def has_followers(self) -> bool:
         """Say whether each server has one."""
