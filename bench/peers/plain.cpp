@@ -1,7 +1,6 @@
 // What a plain array would cost: rows found by their number, the same row-wise Adagrad, the same care for the memory's latency.
 // And what the disk itself gives: random reads past the page cache.
 
-#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <cmath>

@@ -356,13 +356,11 @@ class Coordinator:
         the server is lost itself, and the follower may be in its place."""
         with self._changed:
             server = self._servers[index] if 0 <= index < self._server_count else None
-            is_lost = server is None or server.address != address
-            if (
-                server is not None and not is_lost and server.has_ended
-            ):  # its follower has all that was acknowledged until now
-                self.lose_server(index)
-                is_lost = True
-            if is_lost:
+            is_here = server is not None and server.address == address
+            if is_here and server is not None and server.has_ended:
+                self.lose_server(index)  # its follower has all that was acknowledged until now
+                is_here = False
+            if not is_here:
                 raise PeerLostError(f"Expected server {index} as the job has it, got one that it has lost.")
             self.lose_follower(index)
 

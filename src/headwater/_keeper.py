@@ -120,9 +120,7 @@ class Keeper:
         self._next_feed: Feed | None = None  # which begins with the next pinned state
         self._is_closed = self._is_fed_anew = False
         self._leads = False  # it has had commits of its own to keep
-        self._is_uncertain = (
-            False  # it was restored from a snapshot, and the job may have gone on from another, or not at all
-        )
+        self._is_uncertain = False  # restored from a snapshot, with which the job may not have gone on
         self._queued: list[tuple[bytes, list[np.ndarray]]] | None = []  # what came before the state it goes on from
         self._applying: _Applying | None = None  # the record that it was fed last, if that is not done
         self.life = 0  # rises when what it was fed is of no use any more

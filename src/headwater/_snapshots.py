@@ -127,9 +127,8 @@ class Snapshots:
                 # Logs are of so many servers as have written them.
                 book = self._restore(self._fold(name) if self.has_log and are_others else name, count, ask_each)
             except StorageError as error:
-                if not self.has_log and self._is_whole(
-                    name
-                ):  # an older one would not do either, and cost what came between
+                # An older one would not do either, and cost what came between.
+                if not self.has_log and self._is_whole(name):
                     raise HostError(str(error)) from error
                 first = first or error
                 unread.append(name)
