@@ -246,7 +246,7 @@ class Table:
     def push(self, ids: Buffer, gradients: Buffer, scalars: Buffer, *, step: int, now: float) -> None:
         """Take one optimizer step at each id's row; ids without one are counted, admitted, or refused.
 
-        ids: int64 (n,), distinct (one that is repeated takes a step for each). gradients: float32 (n, dim), finite (see
+        ids: int64 (n,), distinct: of one that is repeated some steps may get lost. gradients: float32 (n, dim), finite (see
         `find_bad`). scalars: float64, as `optim.Optimizer.row(scalars, step)` gives them. step: from 1, below 2^32, never
         falling. Raises ValueError for more ids than the budget holds rows; OSError (errno set) when the disk is full or
         fails while spilling: then nothing of the push is applied.

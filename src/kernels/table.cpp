@@ -161,112 +161,116 @@ TableStats Table::stats() {
   return sum;
 }
 
+// ---- looking up ----------------------------------------------------------------------------------------------
+
+// Calls use(i, hash, found) for every id, in any order and on several threads. Returns how often it said `row`, and for which ids
+// `later`, in their order. `bytes` of each row are asked for ahead.
+template <bool prefetch, class Use>
+Table::LookedUp Table::look_up(const int64_t* ids, int64_t count, int64_t bytes, Use use) const {
+  const auto bucket_at = [this](uint64_t hash) -> const Bucket& { return buckets_[static_cast<size_t>(bucket_of(hash))]; };
+  LookedUp all;
+  std::mutex adding;
+  run_tasks((count + kPart - 1) / kPart, count < kAlone ? 1 : settings_.threads, [&](int64_t part) {
+    const int64_t end = std::min(count, (part + 1) * kPart), begin = part * kPart;
+    LookedUp mine;
+    uint64_t hashes[kRing];
+    Bucket::Sight sights[kRing];
+    for (int64_t i = prefetch ? begin - kLineAhead : begin; i < end; i++) {
+      if (prefetch) {
+        if (i + kLineAhead < end) {
+          const uint64_t hash = hashes[(i + kLineAhead) % kRing] = hash_of(ids[i + kLineAhead]);
+          bucket_at(hash).prefetch_line(hash);
+        }
+        if (i + kPlaceAhead >= begin && i + kPlaceAhead < end) {
+          const uint64_t hash = hashes[(i + kPlaceAhead) % kRing];
+          bucket_at(hash).prefetch_place(hash, &sights[(i + kPlaceAhead) % kRing]);
+        }
+        if (i + kRowAhead >= begin && i + kRowAhead < end) {
+          const uint64_t hash = hashes[(i + kRowAhead) % kRing];
+          bucket_at(hash).prefetch_row(hash, bytes, &sights[(i + kRowAhead) % kRing]);
+        }
+        if (i < begin) continue;
+      }
+      const uint64_t hash = prefetch ? hashes[i % kRing] : hash_of(ids[i]);
+      const Bucket& bucket = bucket_at(hash);
+      const Seen said = use(i, hash, prefetch ? bucket.find(hash, ids[i], sights[i % kRing]) : bucket.find(hash, ids[i]));
+      mine.rows += said == Seen::row;
+      if (said == Seen::later) mine.later.push_back(i);
+    }
+    std::lock_guard<std::mutex> hold(adding);
+    all.rows += mine.rows;
+    all.later.insert(all.later.end(), mine.later.begin(), mine.later.end());
+    return true;
+  });
+  std::sort(all.later.begin(), all.later.end());
+  return all;
+}
+
 // ---- pull ----------------------------------------------------------------------------------------------------
 
+// Rows in memory, and initial values; later: those of ids whose rows may be on disk.
 template <bool prefetch>
-int64_t Table::pull_part(const int64_t* ids, int64_t count, float* out, bool touch, uint32_t clock, std::vector<int64_t>* spilled) const {
-  uint64_t hashes[kRing];
-  Bucket::Sight sights[kRing];
+Table::LookedUp Table::pull_all(const int64_t* ids, int64_t count, float* out, bool touch, uint32_t clock) const {
   const int64_t bytes = std::min<int64_t>(kRowBytesAhead, static_cast<int64_t>(sizeof(Header)) + settings_.dim * 4);
-  const auto bucket_at = [this](uint64_t hash) -> const Bucket& { return buckets_[static_cast<size_t>(bucket_of(hash))]; };
-  int64_t hits = 0;
-  for (int64_t i = prefetch ? -kLineAhead : 0; i < count; i++) {
-    if (prefetch) {
-      if (i + kLineAhead < count) {
-        const uint64_t hash = hashes[(i + kLineAhead) % kRing] = hash_of(ids[i + kLineAhead]);
-        bucket_at(hash).prefetch_line(hash);
-      }
-      if (i + kPlaceAhead >= 0 && i + kPlaceAhead < count) {
-        const uint64_t hash = hashes[(i + kPlaceAhead) % kRing];
-        bucket_at(hash).prefetch_place(hash, &sights[(i + kPlaceAhead) % kRing]);
-      }
-      if (i + kRowAhead >= 0 && i + kRowAhead < count) {
-        const uint64_t hash = hashes[(i + kRowAhead) % kRing];
-        bucket_at(hash).prefetch_row(hash, bytes, &sights[(i + kRowAhead) % kRing]);
-      }
-      if (i < 0) continue;
-    }
-    const uint64_t hash = prefetch ? hashes[i % kRing] : hash_of(ids[i]);
-    const Bucket& bucket = bucket_at(hash);
-    const Found found = prefetch ? bucket.find(hash, ids[i], sights[i % kRing]) : bucket.find(hash, ids[i]);
+  return look_up<prefetch>(ids, count, bytes, [&](int64_t i, uint64_t hash, Found found) {
     float* to = out + i * settings_.dim;
     // Readers touch rows side by side; all of them write the same or a later time.
     const uint32_t last = found.row == nullptr ? 0 : __atomic_load_n(&found.row->last, __ATOMIC_RELAXED);
     if (found.row == nullptr || has_expired(last, clock)) {
       settings_.level->fill(start_, key_of(hash), to, settings_.dim);
-      if (found.row == nullptr && bucket.spilled() > 0) {
-        bool may_be = false;
-        bucket.each_spilled(hash, [&](uint32_t) { may_be = true; });
-        if (may_be) spilled->push_back(i);
-      }
-      continue;
+      bool may_be = false;
+      if (found.row == nullptr) buckets_[static_cast<size_t>(bucket_of(hash))].each_spilled(hash, [&](uint32_t) { may_be = true; });
+      return may_be ? Seen::later : Seen::nothing;
     }
     copy_floats(to, found.row->values(), settings_.dim);
     if (touch && last < clock) __atomic_store_n(&found.row->last, clock, __ATOMIC_RELAXED);
     if (touch && (__atomic_load_n(&found.row->marks, __ATOMIC_RELAXED) & kWarm)) {
       __atomic_fetch_and(&found.row->marks, ~kWarm, __ATOMIC_RELAXED);
     }
-    hits++;
-  }
-  return hits;
-}
-
-// Rows in memory, and initial values; spilled: the indexes of ids whose rows may be on disk.
-int64_t Table::pull_all(const int64_t* ids, int64_t count, float* out, bool touch, uint32_t clock, bool prefetch,
-                        std::vector<int64_t>* spilled) const {
-  std::atomic<int64_t> hits{0};
-  std::mutex adding;
-  run_tasks((count + kPart - 1) / kPart, count < kAlone ? 1 : settings_.threads, [&](int64_t part) {
-    const int64_t first = part * kPart, n = std::min(kPart, count - first);
-    float* to = out + first * settings_.dim;
-    std::vector<int64_t> found;
-    hits += prefetch ? pull_part<true>(ids + first, n, to, touch, clock, &found) : pull_part<false>(ids + first, n, to, touch, clock, &found);
-    if (found.empty()) return true;
-    std::lock_guard<std::mutex> hold(adding);
-    for (int64_t i : found) spilled->push_back(first + i);
-    return true;
+    return Seen::row;
   });
-  return hits;
 }
 
 int64_t Table::pull(const int64_t* ids, int64_t count, float* out, bool touch, int64_t now, bool prefetch) {
-  int64_t hits;
-  std::vector<int64_t> spilled;
+  const auto all = [&](uint32_t clock) {
+    return prefetch ? pull_all<true>(ids, count, out, touch, clock) : pull_all<false>(ids, count, out, touch, clock);
+  };
+  LookedUp found;
   {
     std::shared_lock<std::shared_mutex> hold(lock_);
     const uint32_t clock = advance(step_, now);
-    hits = pull_all(ids, count, out, touch, clock, prefetch, &spilled);
-    if (!spilled.empty() && !touch) hits += pull_spilled(ids, spilled, out, false, clock);
+    found = all(clock);
+    if (!found.later.empty() && !touch) found.rows += pull_spilled(ids, found.later, out, false, clock);
   }
-  if (!spilled.empty() && touch) {  // again, from the beginning, for it is to be one state of the table
+  if (!found.later.empty() && touch) {  // again, from the beginning, for it is to be one state of the table
     std::unique_lock<std::shared_mutex> hold(lock_);
     const uint32_t clock = advance(step_, now);
-    spilled.clear();
-    hits = pull_all(ids, count, out, touch, clock, prefetch, &spilled);
-    if (!spilled.empty()) hits += pull_spilled(ids, spilled, out, true, clock);
+    found = all(clock);
+    if (!found.later.empty()) found.rows += pull_spilled(ids, found.later, out, true, clock);
   }
-  hits_ += hits;
-  misses_ += count - hits;
-  return hits;
+  hits_ += found.rows;
+  misses_ += count - found.rows;
+  return found.rows;
 }
 
 // ---- changes -------------------------------------------------------------------------------------------------
 
-// Ids by bucket, those of a bucket in the order of the batch.
+// Ids by bucket, those of a bucket in the order of the batch. some: those of them that are meant, or null: all.
 class Table::Sorted {
  public:
-  Sorted(const int64_t* ids, int64_t count) : hashes_(static_cast<size_t>(count)), order_(static_cast<size_t>(count)) {
-    for (int64_t i = 0; i < count; i++) ends_[bucket_of(hash_of(ids[i]))]++;
+  Sorted(const int64_t* ids, int64_t count, const int64_t* some) : hashes_(static_cast<size_t>(count)), order_(static_cast<size_t>(count)) {
+    const auto source_of = [some](int64_t i) { return some == nullptr ? i : some[i]; };
+    for (int64_t i = 0; i < count; i++) ends_[bucket_of(hash_of(ids[source_of(i)]))]++;
     int64_t next[kBuckets], sum = 0;
     for (int b = 0; b < kBuckets; b++) {
       next[b] = sum;
       ends_[b] = sum += ends_[b];
     }
     for (int64_t i = 0; i < count; i++) {
-      const uint64_t hash = hash_of(ids[i]);
+      const uint64_t hash = hash_of(ids[source_of(i)]);
       const size_t to = static_cast<size_t>(next[bucket_of(hash)]++);
       hashes_[to] = hash;
-      order_[to] = i;
+      order_[to] = source_of(i);
     }
   }
   int64_t begin(int64_t bucket) const { return bucket == 0 ? 0 : ends_[bucket - 1]; }
@@ -281,12 +285,11 @@ class Table::Sorted {
 };
 
 // Calls visit(bucket, hash, i, sight) for every id, those of a bucket one after the other on one thread, in the order of the batch.
-// data: an array of `width` floats for each id that the visit will read, or null.
+// some: `count` of the ids, by their places, or null: all. data: an array of `width` floats for each id that the visit will read, or null.
 template <class Visit>
-void Table::visit(const int64_t* ids, int64_t count, const float* data, int64_t width, Visit visit) {
-  const Sorted sorted(ids, count);
+void Table::visit(const int64_t* ids, int64_t count, const int64_t* some, const float* data, int64_t width, Visit visit) {
+  const Sorted sorted(ids, count, some);
   const int64_t row_bytes = std::min(kRowBytesAhead, shape_.row_bytes);
-  const int64_t period = step_ / kDecaySteps;
   std::exception_ptr failure;
   std::mutex failing;
   run_tasks(kBuckets, count < kAlone ? 1 : settings_.threads, [&](int64_t b) {
@@ -295,7 +298,6 @@ void Table::visit(const int64_t* ids, int64_t count, const float* data, int64_t 
     Bucket& bucket = buckets_[static_cast<size_t>(b)];
     Bucket::Sight sights[kRing];
     try {
-      bucket.decay(settings_.decay, static_cast<uint64_t>(period));
       for (int64_t i = begin - kLineAhead; i < end; i++) {
         if (i + kLineAhead < end) bucket.prefetch_line(sorted.hash(i + kLineAhead));
         if (i + kPlaceAhead >= begin && i + kPlaceAhead < end) {
@@ -320,11 +322,25 @@ void Table::visit(const int64_t* ids, int64_t count, const float* data, int64_t 
 }
 
 uint32_t Table::advance(int64_t step, int64_t now) {
-  if (step > step_) step_ = step;
+  if (step > step_) {
+    step_ = step;
+    decay();
+  }
   const uint32_t clock = static_cast<uint32_t>(settings_.expires_by_time ? now : step);
   uint32_t latest = clock_;
   while (latest < clock && !clock_.compare_exchange_weak(latest, clock)) {}
   return std::max(latest, clock);
+}
+
+// Brings the counts of all rows up to date with the step.
+void Table::decay() {
+  const uint64_t period = static_cast<uint64_t>(step_ / kDecaySteps);
+  if (period == period_) return;
+  period_ = period;
+  run_tasks(kBuckets, settings_.threads, [&](int64_t b) {
+    buckets_[static_cast<size_t>(b)].decay(settings_.decay, period);
+    return true;
+  });
 }
 
 // Deletes what has expired by now in the buckets [first, limit).
@@ -379,16 +395,27 @@ void Table::push(const int64_t* ids, int64_t count, const float* gradients, cons
   std::unique_lock<std::shared_mutex> hold(lock_);
   const uint32_t clock = advance(step, now);
   if (disk_ != nullptr) gather(ids, count, false);
-  visit(ids, count, gradients, settings_.dim, [&](Bucket& bucket, uint64_t hash, int64_t i, const Bucket::Sight& sight) {
+  const auto see = [&](Header& row) {
+    row.last = std::max(row.last, clock);
+    row.marks = std::min(row.count() + kSighting, kCountMax) << 8 | (row.marks & kOfConsumers) | shape_.followers;
+  };
+  // Rows that are there: no two threads have the same one, and the index stays as it is, so nothing needs to be sorted.
+  const LookedUp found = look_up<true>(ids, count, std::min(kRowBytesAhead, shape_.row_bytes), [&](int64_t i, uint64_t, Found found) {
+    if (found.row == nullptr || has_expired(found.row->last, clock)) return Seen::later;
+    see(*found.row);
+    step_row_(scalars, found.row->values(), gradients + i * settings_.dim, settings_.dim);
+    return Seen::row;
+  });
+  const int64_t rest = static_cast<int64_t>(found.later.size());
+  visit(ids, rest, found.later.data(), gradients, settings_.dim, [&](Bucket& bucket, uint64_t hash, int64_t i, const Bucket::Sight& sight) {
     bool is_new;
     const Found found = obtain(bucket, hash, ids[i], sight, clock, false, &is_new);
     if (found.row == nullptr) return;
-    Header& row = *found.row;
-    row.last = std::max(row.last, clock);
-    row.marks = std::min(row.count() + kSighting, kCountMax) << 8 | (row.marks & kOfConsumers) | shape_.followers;
+    see(*found.row);
+    float* values = found.row->values();
     const float* gradient = gradients + i * settings_.dim;
-    if (!is_new) {
-      step_row_(scalars, row.values(), gradient, settings_.dim);
+    if (!is_new) {  // an id that is repeated
+      step_row_(scalars, values, gradient, settings_.dim);
       return;
     }
     // Made apart from where it is to lie, or the step would wait until that has come from memory; and on the boundary of a
@@ -399,7 +426,7 @@ void Table::push(const int64_t* ids, int64_t count, const float* gradients, cons
     settings_.level->fill(start_, key_of(hash), fresh, settings_.dim);
     copy_floats(fresh + settings_.dim, settings_.initial_slots.data(), shape_.slots);
     step_row_(scalars, fresh, gradient, settings_.dim);
-    copy_floats(row.values(), fresh, width());
+    copy_floats(values, fresh, width());
   });
 }
 
@@ -417,7 +444,7 @@ void Table::put(const int64_t* ids, int64_t count, const float* rows, const floa
 }
 
 void Table::put_part(const int64_t* ids, int64_t count, const float* rows, const float* counts, const int64_t* last_seen, uint32_t clock) {
-  visit(ids, count, rows, width(), [&](Bucket& bucket, uint64_t hash, int64_t i, const Bucket::Sight& sight) {
+  visit(ids, count, nullptr, rows, width(), [&](Bucket& bucket, uint64_t hash, int64_t i, const Bucket::Sight& sight) {
     bool is_new;
     Header& row = *obtain(bucket, hash, ids[i], sight, clock, true, &is_new).row;
     row.last = static_cast<uint32_t>(last_seen[i]);
@@ -429,7 +456,7 @@ void Table::put_part(const int64_t* ids, int64_t count, const float* rows, const
 int64_t Table::erase(const int64_t* ids, int64_t count) {
   std::unique_lock<std::shared_mutex> hold(lock_);
   std::atomic<int64_t> erased{0};
-  visit(ids, count, nullptr, 0, [&](Bucket& bucket, uint64_t hash, int64_t i, const Bucket::Sight& sight) {
+  visit(ids, count, nullptr, nullptr, 0, [&](Bucket& bucket, uint64_t hash, int64_t i, const Bucket::Sight& sight) {
     const Found found = bucket.find(hash, ids[i], sight);
     bucket.candidates.forget(ids[i], hash);
     if (found.row == nullptr) return;
@@ -463,7 +490,7 @@ void Table::copy_row(const Header& header, const float* values, int64_t width, R
 
 // A cursor is bucket << 32 | row number.
 Rows Table::export_rows(int64_t cursor, int64_t limit) {
-  std::unique_lock<std::shared_mutex> hold(lock_);  // counts are brought up to date
+  std::unique_lock<std::shared_mutex> hold(lock_);  // a pull would touch rows meanwhile
   Rows found;
   int64_t rows = 0;
   for (const Bucket& bucket : buckets_) rows += bucket.rows() + bucket.spilled();
@@ -471,7 +498,6 @@ Rows Table::export_rows(int64_t cursor, int64_t limit) {
   int64_t from = cursor & 0xffffffff;
   for (int64_t b = cursor >> 32; b < kBuckets; b++, from = 0) {
     Bucket& bucket = buckets_[static_cast<size_t>(b)];
-    bucket.decay(settings_.decay, static_cast<uint64_t>(step_ / kDecaySteps));
     for (int64_t n = from; n < bucket.used(); n++) {
       if (static_cast<int64_t>(found.ids.size()) == limit) {
         found.next = b << 32 | n;
@@ -584,7 +610,6 @@ bool Table::follow(int c, int64_t limit, Changes* changes) {
 
 // Takes the rows that are marked, and takes the mark from them.
 int64_t Table::changes_of(Bucket& bucket, uint32_t mark, int64_t from, int64_t limit, Rows* to) {
-  bucket.decay(settings_.decay, static_cast<uint64_t>(step_ / kDecaySteps));
   for (int64_t n = from; n < bucket.used(); n++) {
     Header* row = bucket.row(static_cast<uint32_t>(n));
     if (row->is_free() || !(row->marks & mark)) continue;

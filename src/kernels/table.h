@@ -106,7 +106,9 @@ class Table {
   bool has_expired(uint32_t last, uint32_t clock) const {
     return settings_.expire_after > 0 && clock > last && clock - last > settings_.expire_after;
   }
-  // Brings step and clock up to what the caller says; neither ever goes back. Returns the clock: steps or seconds.
+  void decay();
+  // Brings step and clock up to what the caller says; neither ever goes back. Whoever brings a later step holds the lock alone.
+  // Returns the clock: steps or seconds.
   uint32_t advance(int64_t step, int64_t now);
   uint64_t key_of(uint64_t hash) const { return mix64(hash ^ start_.seed); }
 
@@ -116,13 +118,19 @@ class Table {
   // That are brought in at a time ahead of their use.
   int64_t warm_rows() const { return std::max<int64_t>(16, (128 << 10) / shape_.row_bytes); }
   int64_t bytes_unlocked();
+  enum class Seen { row, nothing, later };
+  struct LookedUp {
+    int64_t rows = 0;
+    std::vector<int64_t> later;
+  };
+  template <bool prefetch, class Use>
+  LookedUp look_up(const int64_t* ids, int64_t count, int64_t bytes, Use use) const;
   template <bool prefetch>
-  int64_t pull_part(const int64_t* ids, int64_t count, float* out, bool touch, uint32_t clock, std::vector<int64_t>* spilled) const;
-  int64_t pull_all(const int64_t* ids, int64_t count, float* out, bool touch, uint32_t clock, bool prefetch, std::vector<int64_t>* spilled) const;
+  LookedUp pull_all(const int64_t* ids, int64_t count, float* out, bool touch, uint32_t clock) const;
   Found obtain(Bucket& bucket, uint64_t hash, int64_t id, const Bucket::Sight& sight, uint32_t clock, bool admit, bool* is_new);
   void put_part(const int64_t* ids, int64_t count, const float* rows, const float* counts, const int64_t* last_seen, uint32_t clock);
   template <class Visit>
-  void visit(const int64_t* ids, int64_t count, const float* data, int64_t width, Visit visit);
+  void visit(const int64_t* ids, int64_t count, const int64_t* some, const float* data, int64_t width, Visit visit);
   static void copy_row(const Header& header, const float* values, int64_t width, Rows* to);
   int64_t expire(int first, int limit);
   int consumer_of(const std::string& name) const;
@@ -165,6 +173,7 @@ class Table {
 
   std::shared_mutex lock_;  // whoever changes rows holds it alone
   std::atomic<int64_t> step_{0};
+  uint64_t period_ = 0;  // that counts are up to date with
   std::atomic<uint32_t> clock_{0};
   std::atomic<int64_t> hits_{0}, misses_{0};
   int sweep_next_ = 0;  // bucket

@@ -237,7 +237,6 @@ void Table::gather(const int64_t* ids, int64_t count, bool admit) {
       }
       int64_t there = 0;
       bucket.each_spilled(hash, [&](uint32_t) { there++; });
-      bucket.decay(settings_.decay, static_cast<uint64_t>(step_ / kDecaySteps));
       const bool is_refused = !admit && bucket.candidates.count(ids[i], hash) + kSighting < settings_.admit_after * kSighting;
       if (there == 0 && is_refused) continue;
       need.rows += std::max<int64_t>(there, 1);
