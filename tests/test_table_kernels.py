@@ -368,6 +368,29 @@ def test_one_id_a_million_times_is_one_step() -> None:
     assert table.stats()["rows"] == 1
 
 
+def test_a_push_finds_the_same_rows_whatever_numbers_it_is_told() -> None:
+    """Numbers of a pull, of one before rows came and went, of other rows, and of none: what they say is never relied on."""
+    rng, optimizer, dim = np.random.default_rng(3), optim.RowwiseAdagrad(lr=0.1), 3
+    tables = [make_table(optimizer, dim, threads=2, budget_bytes=600_000) for _ in range(2)]
+    numbers = np.zeros(3000, np.uint32)
+    for step in range(1, 40):
+        ids = rng.choice(9000, 3000, replace=False)
+        gradients = rng.standard_normal((3000, dim)).astype(np.float32)
+        out = np.empty((3000, dim), np.float32)
+        if step % 4 < 2:
+            asked = ids if step % 4 == 0 else rng.permutation(ids)
+            tables[0].pull(asked, out, touch=False, now=0.0, numbers=numbers)
+        elif step % 4 == 2:
+            numbers[:] = rng.integers(0, 1 << 32, 3000)
+        scalars = np.array(optimizer.row(optimizer.scalars(), step))
+        tables[0].push(ids, gradients, scalars, step=step, now=0.0, numbers=numbers)
+        tables[1].push(ids, gradients, scalars, step=step, now=0.0)
+        assert dump(tables[0]) == dump(tables[1])
+    assert tables[0].stats()["evicted"] > 0
+    with pytest.raises(ValueError, match="numbers"):
+        tables[0].push(ids, gradients, scalars, step=step, now=0.0, numbers=numbers[:-1])
+
+
 def test_extreme_ids_are_ids_like_any_other() -> None:
     table = make_table(RULES[2], 3)
     gradients = np.arange(3 * len(EXTREME), dtype=np.float32).reshape(-1, 3)

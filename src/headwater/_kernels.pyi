@@ -235,20 +235,33 @@ class Table:
         buckets: [first, limit) of those that live here.
         """
 
-    def pull(self, ids: Buffer, out: Buffer, *, touch: bool, now: float, prefetch: bool = True) -> int:
+    def pull(
+        self, ids: Buffer, out: Buffer, *, touch: bool, now: float, numbers: Buffer | None = None, prefetch: bool = True
+    ) -> int:
         """Set out, float32 (n, dim), to the rows of ids, int64 (n,), in any order and repeated at will. Return how many had one.
 
         touch: it counts as seen, and spilled rows come back to memory; without it nothing changes. now: seconds, time.time();
-        it matters only with expire_s. prefetch=False is for benchmarks: no memory is asked for ahead of its use.
+        it matters only with expire_s. numbers: uint32 (n,), set to where the rows lie, for a push of the same ids. prefetch=False is
+        for benchmarks: no memory is asked for ahead of its use.
         Raises OSError when a spilled row cannot be read; out is then garbage and no row is lost.
         """
 
-    def push(self, ids: Buffer, gradients: Buffer, scalars: Buffer, *, step: int, now: float) -> None:
+    def push(
+        self,
+        ids: Buffer,
+        gradients: Buffer,
+        scalars: Buffer,
+        *,
+        step: int,
+        now: float,
+        numbers: Buffer | None = None,
+    ) -> None:
         """Take one optimizer step at each id's row; ids without one are counted, admitted, or refused.
 
         ids: int64 (n,), distinct: of one that is repeated some steps may get lost. gradients: float32 (n, dim), finite (see
         `find_bad`). scalars: float64, as `optim.Optimizer.row(scalars, step)` gives them. step: from 1, below 2^32, never
-        falling. Raises ValueError for more ids than the budget holds rows; OSError (errno set) when the disk is full or
+        falling. numbers: uint32 (n,), where a pull has found the rows; they may have moved since, the result is the same, and so it is
+        for any numbers. Raises ValueError for more ids than the budget holds rows; OSError (errno set) when the disk is full or
         fails while spilling: then nothing of the push is applied.
         """
 

@@ -169,7 +169,7 @@ void Bucket::make_index(int64_t lines) {
     if (n >= used_) continue;
     if (n + 3 * kAhead < used_) __builtin_prefetch(row(n + 3 * kAhead));
     hashes[n % kAhead] = hash_of(row(n)->id);
-    prefetch_line(hashes[n % kAhead]);
+    ask_for_line(hashes[n % kAhead]);
   }
   for (uint32_t u = 0; u < units(); u++) {
     for (int64_t place = 0; place < shape_->unit_rows && units_[u].live > 0; place++) {
@@ -241,7 +241,7 @@ void Bucket::choose_victims() {
   for (victim_count_ = 0; victim_count_ < wanted; victim_count_++) {
     const uint32_t number = keys[wanted - 1 - victim_count_].number;  // the worst comes last, and goes first
     victims_[victim_count_] = {number, row(number)->last};
-    prefetch_line(hash_of(row(number)->id));
+    ask_for_line(hash_of(row(number)->id));
     ask_for(row(number));
   }
   draw_rows();

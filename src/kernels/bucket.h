@@ -163,46 +163,49 @@ class alignas(64) Bucket {
   int64_t bytes() const;  // all but the rows, which lie in slabs
 
   // Three looks ahead, each at what the one before has asked for: the line of an id's home; where its row lies, or the next line when
-  // the home was full; and then the row, of which `bytes` are asked for.
+  // the home was full; and then the row, of which `bytes` are asked for. Whoever knows most likely the row's number begins with
+  // look_for.
   struct Sight {
-    Found found;             // most likely the id's; its row comes with the third look
-    bool is_passed = false;  // its number does, too
+    uint64_t hash;
+    const Bucket* bucket;
+    int64_t line;     // the home, by its place, for the index may have grown by the next look; −1: seen, and nobody passed it
+    Header* row;      // most likely the id's; it comes with the third look
+    uint32_t number;  // likewise; kNone: none was seen
   };
-  __attribute__((always_inline)) void prefetch_line(uint64_t hash) const { __builtin_prefetch(&lines_[home(short_of(hash))]); }
-  // Written field by field: a copy of it would have to wait for its parts.
-  void prefetch_place(uint64_t hash64, Sight* sight) const {
-    const uint32_t hash = short_of(hash64);
-    const int64_t at = home(hash);
-    const Line& line = lines_[at];
-    const uint32_t mask = match(line, tag_of(hash));
-    sight->found.number = kNone;
-    sight->is_passed = mask == 0 && line.passed != 0;
-    if (sight->is_passed) __builtin_prefetch(&lines_[next(at)]);
-    if (mask == 0) return;
-    const uint32_t number = line.slots[__builtin_ctz(mask)] & numbers_;
-    if (number >= shape_->spill_base) return;
-    sight->found.number = number;
-    __builtin_prefetch(&chunks_[number >> shape_->shift]);
+  __attribute__((always_inline)) void ask_for_line(uint64_t hash) const { __builtin_prefetch(&lines_[home(short_of(hash))]); }
+  void look_at_line(uint64_t hash, Sight* sight) const {
+    sight->hash = hash;
+    sight->bucket = this;
+    sight->line = home(short_of(hash));
+    __builtin_prefetch(&lines_[sight->line]);
   }
-  void prefetch_row(uint64_t hash64, int64_t bytes, Sight* sight) const {
-    if (sight->is_passed) {
-      const uint32_t hash = short_of(hash64);
-      const Line& line = lines_[next(home(hash))];
-      const uint32_t mask = match(line, tag_of(hash));
-      const uint32_t number = mask == 0 ? kNone : line.slots[__builtin_ctz(mask)] & numbers_;
-      if (number < shape_->spill_base) sight->found.number = number;
+  void look_for_place(Sight* sight) const {
+    const Line& line = lines_[sight->line];
+    sight->number = number_in(line, tag_of(short_of(sight->hash)));
+    if (sight->number < shape_->spill_base) __builtin_prefetch(&chunks_[sight->number >> shape_->shift]);
+    else if (line.passed != 0) __builtin_prefetch(&lines_[next(sight->line)]);
+    else sight->line = -1;
+  }
+  void look_for_place(uint64_t hash, uint32_t number, Sight* sight) const {
+    *sight = {hash, this, -1, nullptr, number < used_ ? number : kNone};
+    if (number < used_) __builtin_prefetch(&chunks_[number >> shape_->shift]);
+  }
+  void look_at_row(int64_t bytes, Sight* sight) const {
+    sight->row = nullptr;
+    if (sight->number >= shape_->spill_base) {
+      if (sight->line < 0) return;
+      sight->number = number_in(lines_[next(sight->line)], tag_of(short_of(sight->hash)));
+      if (sight->number >= shape_->spill_base) return;
     }
-    sight->found.row = nullptr;
-    if (sight->found.number == kNone) return;
-    sight->found.row = row(sight->found.number);
-    const char* start = reinterpret_cast<const char*>(sight->found.row);
+    sight->row = row(sight->number);
+    const char* start = reinterpret_cast<const char*>(sight->row);
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(start + at);
     __builtin_prefetch(start + bytes - 1);
   }
 
-  Found find(uint64_t hash, int64_t id, const Sight& sight) const {
-    const Header* row = sight.found.row;
-    return row != nullptr && row->id == id && !row->is_free() ? sight.found : find(hash, id);
+  Found find(int64_t id, const Sight& sight) const {
+    Header* row = sight.row;
+    return row != nullptr && row->id == id && !row->is_free() ? Found{sight.number, row} : find(sight.hash, id);
   }
   Found find(uint64_t hash, int64_t id) const {
     Found found;
@@ -298,6 +301,12 @@ class alignas(64) Bucket {
   uint32_t tag_of(uint32_t hash) const {
     const uint32_t tag = hash << number_bits_;
     return tag != 0 ? tag : numbers_ + 1;
+  }
+
+  // The number in the first slot that has this tag; kNone: none has.
+  uint32_t number_in(const Line& line, uint32_t tag) const {
+    const uint32_t mask = match(line, tag);
+    return mask == 0 ? kNone : line.slots[__builtin_ctz(mask)] & numbers_;
   }
 
   // Bit i: slot i has this tag.

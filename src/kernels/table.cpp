@@ -164,36 +164,32 @@ TableStats Table::stats() {
 // ---- looking up ----------------------------------------------------------------------------------------------
 
 // Calls use(i, hash, found) for every id, in any order and on several threads. Returns how often it said `row`, and for which ids
-// `later`, in their order. `bytes` of each row are asked for ahead.
+// `later`, in their order. `bytes` of each row are asked for ahead. numbers: what most likely are the rows' own, or null.
 template <bool prefetch, class Use>
-Table::LookedUp Table::look_up(const int64_t* ids, int64_t count, int64_t bytes, Use use) const {
+Table::LookedUp Table::look_up(const int64_t* ids, int64_t count, const uint32_t* numbers, int64_t bytes, Use use) const {
   const auto bucket_at = [this](uint64_t hash) -> const Bucket& { return buckets_[static_cast<size_t>(bucket_of(hash))]; };
   LookedUp all;
   std::mutex adding;
   run_tasks((count + kPart - 1) / kPart, count < kAlone ? 1 : settings_.threads, [&](int64_t part) {
     const int64_t end = std::min(count, (part + 1) * kPart), begin = part * kPart;
     LookedUp mine;
-    uint64_t hashes[kRing];
     Bucket::Sight sights[kRing];
+    const auto sight_of = [&sights](int64_t i) { return &sights[static_cast<uint64_t>(i) % kRing]; };
     for (int64_t i = prefetch ? begin - kLineAhead : begin; i < end; i++) {
       if (prefetch) {
-        if (i + kLineAhead < end) {
-          const uint64_t hash = hashes[(i + kLineAhead) % kRing] = hash_of(ids[i + kLineAhead]);
-          bucket_at(hash).prefetch_line(hash);
+        const int64_t far = i + kLineAhead, middle = i + kPlaceAhead, near = i + kRowAhead;
+        if (far < end && numbers == nullptr) bucket_at(hash_of(ids[far])).look_at_line(hash_of(ids[far]), sight_of(far));
+        if (middle >= begin && middle < end) {
+          Bucket::Sight* sight = sight_of(middle);
+          if (numbers == nullptr) sight->bucket->look_for_place(sight);
+          else bucket_at(hash_of(ids[middle])).look_for_place(hash_of(ids[middle]), numbers[middle], sight);
         }
-        if (i + kPlaceAhead >= begin && i + kPlaceAhead < end) {
-          const uint64_t hash = hashes[(i + kPlaceAhead) % kRing];
-          bucket_at(hash).prefetch_place(hash, &sights[(i + kPlaceAhead) % kRing]);
-        }
-        if (i + kRowAhead >= begin && i + kRowAhead < end) {
-          const uint64_t hash = hashes[(i + kRowAhead) % kRing];
-          bucket_at(hash).prefetch_row(hash, bytes, &sights[(i + kRowAhead) % kRing]);
-        }
+        if (near >= begin && near < end) sight_of(near)->bucket->look_at_row(bytes, sight_of(near));
         if (i < begin) continue;
       }
-      const uint64_t hash = prefetch ? hashes[i % kRing] : hash_of(ids[i]);
-      const Bucket& bucket = bucket_at(hash);
-      const Seen said = use(i, hash, prefetch ? bucket.find(hash, ids[i], sights[i % kRing]) : bucket.find(hash, ids[i]));
+      const Bucket::Sight& sight = *sight_of(i);
+      const uint64_t hash = prefetch ? sight.hash : hash_of(ids[i]);
+      const Seen said = use(i, hash, prefetch ? sight.bucket->find(ids[i], sight) : bucket_at(hash).find(hash, ids[i]));
       mine.rows += said == Seen::row;
       if (said == Seen::later) mine.later.push_back(i);
     }
@@ -210,9 +206,10 @@ Table::LookedUp Table::look_up(const int64_t* ids, int64_t count, int64_t bytes,
 
 // Rows in memory, and initial values; later: those of ids whose rows may be on disk.
 template <bool prefetch>
-Table::LookedUp Table::pull_all(const int64_t* ids, int64_t count, float* out, bool touch, uint32_t clock) const {
+Table::LookedUp Table::pull_all(const int64_t* ids, int64_t count, float* out, uint32_t* numbers, bool touch, uint32_t clock) const {
   const int64_t bytes = std::min<int64_t>(kRowBytesAhead, static_cast<int64_t>(sizeof(Header)) + settings_.dim * 4);
-  return look_up<prefetch>(ids, count, bytes, [&](int64_t i, uint64_t hash, Found found) {
+  return look_up<prefetch>(ids, count, nullptr, bytes, [&](int64_t i, uint64_t hash, Found found) {
+    if (numbers != nullptr) numbers[i] = found.number;
     float* to = out + i * settings_.dim;
     // Readers touch rows side by side; all of them write the same or a later time.
     const uint32_t last = found.row == nullptr ? 0 : __atomic_load_n(&found.row->last, __ATOMIC_RELAXED);
@@ -231,9 +228,9 @@ Table::LookedUp Table::pull_all(const int64_t* ids, int64_t count, float* out, b
   });
 }
 
-int64_t Table::pull(const int64_t* ids, int64_t count, float* out, bool touch, int64_t now, bool prefetch) {
+int64_t Table::pull(const int64_t* ids, int64_t count, float* out, uint32_t* numbers, bool touch, int64_t now, bool prefetch) {
   const auto all = [&](uint32_t clock) {
-    return prefetch ? pull_all<true>(ids, count, out, touch, clock) : pull_all<false>(ids, count, out, touch, clock);
+    return prefetch ? pull_all<true>(ids, count, out, numbers, touch, clock) : pull_all<false>(ids, count, out, numbers, touch, clock);
   };
   LookedUp found;
   {
@@ -284,7 +281,7 @@ class Table::Sorted {
   std::vector<int64_t> order_;
 };
 
-// Calls visit(bucket, hash, i, sight) for every id, those of a bucket one after the other on one thread, in the order of the batch.
+// Calls visit(bucket, i, sight) for every id, those of a bucket one after the other on one thread, in the order of the batch.
 // some: `count` of the ids, by their places, or null: all. data: an array of `width` floats for each id that the visit will read, or null.
 template <class Visit>
 void Table::visit(const int64_t* ids, int64_t count, const int64_t* some, const float* data, int64_t width, Visit visit) {
@@ -297,19 +294,19 @@ void Table::visit(const int64_t* ids, int64_t count, const int64_t* some, const 
     if (begin == end) return true;
     Bucket& bucket = buckets_[static_cast<size_t>(b)];
     Bucket::Sight sights[kRing];
+    const auto sight_of = [&sights](int64_t i) { return &sights[static_cast<uint64_t>(i) % kRing]; };
     try {
       for (int64_t i = begin - kLineAhead; i < end; i++) {
-        if (i + kLineAhead < end) bucket.prefetch_line(sorted.hash(i + kLineAhead));
-        if (i + kPlaceAhead >= begin && i + kPlaceAhead < end) {
-          bucket.prefetch_place(sorted.hash(i + kPlaceAhead), &sights[(i + kPlaceAhead) % kRing]);
-        }
-        if (i + kRowAhead >= begin && i + kRowAhead < end) {
-          bucket.prefetch_row(sorted.hash(i + kRowAhead), row_bytes, &sights[(i + kRowAhead) % kRing]);
-          __builtin_prefetch(ids + sorted.source(i + kRowAhead));
-          const float* row = data + sorted.source(i + kRowAhead) * width;
+        const int64_t far = i + kLineAhead, middle = i + kPlaceAhead, near = i + kRowAhead;
+        if (far < end) bucket.look_at_line(sorted.hash(far), sight_of(far));
+        if (middle >= begin && middle < end) bucket.look_for_place(sight_of(middle));
+        if (near >= begin && near < end) {
+          bucket.look_at_row(row_bytes, sight_of(near));
+          __builtin_prefetch(ids + sorted.source(near));
+          const float* row = data + sorted.source(near) * width;
           for (int64_t at = 0; at < std::min(width * 4, kRowBytesAhead); at += 64) __builtin_prefetch(row + at / 4);
         }
-        if (i >= begin) visit(bucket, sorted.hash(i), sorted.source(i), sights[i % kRing]);
+        if (i >= begin) visit(bucket, sorted.source(i), *sight_of(i));
       }
     } catch (...) {
       std::lock_guard<std::mutex> hold(failing);
@@ -361,8 +358,9 @@ int64_t Table::expire(int first, int limit) {
 }
 
 // The row of an id that is about to be written; value and state of a new one are garbage. None: it is not admitted yet.
-Found Table::obtain(Bucket& bucket, uint64_t hash, int64_t id, const Bucket::Sight& sight, uint32_t clock, bool admit, bool* is_new) {
-  Found found = bucket.find(hash, id, sight);
+Found Table::obtain(Bucket& bucket, int64_t id, const Bucket::Sight& sight, uint32_t clock, bool admit, bool* is_new) {
+  const uint64_t hash = sight.hash;
+  Found found = bucket.find(id, sight);
   if (found.row != nullptr && has_expired(found.row->last, clock)) {
     bucket.remove(found);
     bucket.expired++;
@@ -391,7 +389,8 @@ Found Table::obtain(Bucket& bucket, uint64_t hash, int64_t id, const Bucket::Sig
   return found;
 }
 
-void Table::push(const int64_t* ids, int64_t count, const float* gradients, const float* scalars, int64_t step, int64_t now) {
+void Table::push(const int64_t* ids, int64_t count, const float* gradients, const float* scalars, const uint32_t* numbers, int64_t step,
+                 int64_t now) {
   std::unique_lock<std::shared_mutex> hold(lock_);
   const uint32_t clock = advance(step, now);
   if (disk_ != nullptr) gather(ids, count, false);
@@ -400,16 +399,16 @@ void Table::push(const int64_t* ids, int64_t count, const float* gradients, cons
     row.marks = std::min(row.count() + kSighting, kCountMax) << 8 | (row.marks & kOfConsumers) | shape_.followers;
   };
   // Rows that are there: no two threads have the same one, and the index stays as it is, so nothing needs to be sorted.
-  const LookedUp found = look_up<true>(ids, count, std::min(kRowBytesAhead, shape_.row_bytes), [&](int64_t i, uint64_t, Found found) {
+  const LookedUp found = look_up<true>(ids, count, numbers, std::min(kRowBytesAhead, shape_.row_bytes), [&](int64_t i, uint64_t, Found found) {
     if (found.row == nullptr || has_expired(found.row->last, clock)) return Seen::later;
     see(*found.row);
     step_row_(scalars, found.row->values(), gradients + i * settings_.dim, settings_.dim);
     return Seen::row;
   });
   const int64_t rest = static_cast<int64_t>(found.later.size());
-  visit(ids, rest, found.later.data(), gradients, settings_.dim, [&](Bucket& bucket, uint64_t hash, int64_t i, const Bucket::Sight& sight) {
+  visit(ids, rest, found.later.data(), gradients, settings_.dim, [&](Bucket& bucket, int64_t i, const Bucket::Sight& sight) {
     bool is_new;
-    const Found found = obtain(bucket, hash, ids[i], sight, clock, false, &is_new);
+    const Found found = obtain(bucket, ids[i], sight, clock, false, &is_new);
     if (found.row == nullptr) return;
     see(*found.row);
     float* values = found.row->values();
@@ -423,7 +422,7 @@ void Table::push(const int64_t* ids, int64_t count, const float* gradients, cons
     thread_local std::vector<float> room;
     room.resize(static_cast<size_t>(width()) + 16);
     float* fresh = room.data() + (-reinterpret_cast<uintptr_t>(room.data()) % 64) / sizeof(float);
-    settings_.level->fill(start_, key_of(hash), fresh, settings_.dim);
+    settings_.level->fill(start_, key_of(sight.hash), fresh, settings_.dim);
     copy_floats(fresh + settings_.dim, settings_.initial_slots.data(), shape_.slots);
     step_row_(scalars, fresh, gradient, settings_.dim);
     copy_floats(values, fresh, width());
@@ -444,9 +443,9 @@ void Table::put(const int64_t* ids, int64_t count, const float* rows, const floa
 }
 
 void Table::put_part(const int64_t* ids, int64_t count, const float* rows, const float* counts, const int64_t* last_seen, uint32_t clock) {
-  visit(ids, count, nullptr, rows, width(), [&](Bucket& bucket, uint64_t hash, int64_t i, const Bucket::Sight& sight) {
+  visit(ids, count, nullptr, rows, width(), [&](Bucket& bucket, int64_t i, const Bucket::Sight& sight) {
     bool is_new;
-    Header& row = *obtain(bucket, hash, ids[i], sight, clock, true, &is_new).row;
+    Header& row = *obtain(bucket, ids[i], sight, clock, true, &is_new).row;
     row.last = static_cast<uint32_t>(last_seen[i]);
     row.marks = static_cast<uint32_t>(counts[i] * kSighting) << 8 | (row.marks & kOfConsumers) | shape_.followers;
     copy_floats(row.values(), rows + i * width(), width());
@@ -456,9 +455,9 @@ void Table::put_part(const int64_t* ids, int64_t count, const float* rows, const
 int64_t Table::erase(const int64_t* ids, int64_t count) {
   std::unique_lock<std::shared_mutex> hold(lock_);
   std::atomic<int64_t> erased{0};
-  visit(ids, count, nullptr, nullptr, 0, [&](Bucket& bucket, uint64_t hash, int64_t i, const Bucket::Sight& sight) {
-    const Found found = bucket.find(hash, ids[i], sight);
-    bucket.candidates.forget(ids[i], hash);
+  visit(ids, count, nullptr, nullptr, 0, [&](Bucket& bucket, int64_t i, const Bucket::Sight& sight) {
+    const Found found = bucket.find(ids[i], sight);
+    bucket.candidates.forget(ids[i], sight.hash);
     if (found.row == nullptr) return;
     bucket.remove(found);
     bucket.dropped++;

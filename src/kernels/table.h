@@ -83,8 +83,9 @@ class Table {
   int64_t step() const { return step_; }
   int64_t rows_max() const;  // 0: no limit
 
-  int64_t pull(const int64_t* ids, int64_t count, float* out, bool touch, int64_t now, bool prefetch);
-  void push(const int64_t* ids, int64_t count, const float* gradients, const float* scalars, int64_t step, int64_t now);
+  // numbers: null, or where a pull says which number each id's row has, and a push of the same ids finds that.
+  int64_t pull(const int64_t* ids, int64_t count, float* out, uint32_t* numbers, bool touch, int64_t now, bool prefetch);
+  void push(const int64_t* ids, int64_t count, const float* gradients, const float* scalars, const uint32_t* numbers, int64_t step, int64_t now);
   void put(const int64_t* ids, int64_t count, const float* rows, const float* counts, const int64_t* last_seen, int64_t step, int64_t now);
   void prefetch(const int64_t* ids, int64_t count);
   int64_t erase(const int64_t* ids, int64_t count);
@@ -124,10 +125,10 @@ class Table {
     std::vector<int64_t> later;
   };
   template <bool prefetch, class Use>
-  LookedUp look_up(const int64_t* ids, int64_t count, int64_t bytes, Use use) const;
+  LookedUp look_up(const int64_t* ids, int64_t count, const uint32_t* numbers, int64_t bytes, Use use) const;
   template <bool prefetch>
-  LookedUp pull_all(const int64_t* ids, int64_t count, float* out, bool touch, uint32_t clock) const;
-  Found obtain(Bucket& bucket, uint64_t hash, int64_t id, const Bucket::Sight& sight, uint32_t clock, bool admit, bool* is_new);
+  LookedUp pull_all(const int64_t* ids, int64_t count, float* out, uint32_t* numbers, bool touch, uint32_t clock) const;
+  Found obtain(Bucket& bucket, int64_t id, const Bucket::Sight& sight, uint32_t clock, bool admit, bool* is_new);
   void put_part(const int64_t* ids, int64_t count, const float* rows, const float* counts, const int64_t* last_seen, uint32_t clock);
   template <class Visit>
   void visit(const int64_t* ids, int64_t count, const int64_t* some, const float* data, int64_t width, Visit visit);

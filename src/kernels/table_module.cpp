@@ -58,6 +58,13 @@ Array<const float> floats_of(nb::handle object, int64_t rows, int64_t width, con
 
 Array<float> out_of(nb::handle object, int64_t rows, int64_t width) { return {object, "f", 2, rows, width, true, "out, float32"}; }
 
+// Nothing, where there is None.
+template <class T>
+std::optional<Array<T>> numbers_of(nb::handle object, int64_t count) {
+  if (object.is_none()) return {};
+  return std::optional<Array<T>>(std::in_place, object, "I", 1, count, -1, !std::is_const_v<T>, "numbers, uint32");
+}
+
 Array<const int32_t> indexes_of(nb::handle object, int64_t count, int64_t limit, const std::string& what) {
   Array<const int32_t> found(object, "i", 1, count, -1, false, what + ", int32");
   uint32_t largest = 0;
@@ -271,16 +278,18 @@ class PyTable {
     table_.reset();
   }
 
-  int64_t pull(nb::handle ids_object, nb::handle out_object, bool touch, double now, bool prefetch) {
+  int64_t pull(nb::handle ids_object, nb::handle out_object, bool touch, double now, nb::handle numbers_object, bool prefetch) {
     const Array<const int64_t> ids = ids_here(ids_object);
     const Array<float> out = out_of(out_object, ids.side(0), table_->settings().dim);
+    const std::optional<Array<uint32_t>> numbers = numbers_of<uint32_t>(numbers_object, ids.side(0));
     apart(out.buffer(), ids.buffer());
     const int64_t time = seconds(now);
     nb::gil_scoped_release released;
-    return table_->pull(ids.data(), ids.side(0), out.data(), touch, time, prefetch);
+    return table_->pull(ids.data(), ids.side(0), out.data(), numbers ? numbers->data() : nullptr, touch, time, prefetch);
   }
 
-  void push(nb::handle ids_object, nb::handle gradients_object, nb::handle scalars_object, int64_t step, double now) {
+  void push(nb::handle ids_object, nb::handle gradients_object, nb::handle scalars_object, int64_t step, double now,
+            nb::handle numbers_object) {
     const Array<const int64_t> ids = ids_here(ids_object);
     const Array<const float> gradients = floats_of(gradients_object, ids.side(0), table_->settings().dim, "gradients");
     const Array<const double> scalars(scalars_object, "d", 1, rule_.scalars, -1, false, "scalars, float64");
@@ -289,12 +298,13 @@ class PyTable {
       if (!std::isfinite(scalars.data()[i])) refuse("Expected finite scalars, got " + std::to_string(scalars.data()[i]) + ".");
       narrow[i] = static_cast<float>(scalars.data()[i]);
     }
+    const std::optional<Array<const uint32_t>> numbers = numbers_of<const uint32_t>(numbers_object, ids.side(0));
     const int64_t time = seconds(now);
     check_step(step);
     check_budget(ids.side(0));
     nb::gil_scoped_release released;
     const PlainFloats plain;
-    table_->push(ids.data(), ids.side(0), gradients.data(), narrow, step, time);
+    table_->push(ids.data(), ids.side(0), gradients.data(), narrow, numbers ? numbers->data() : nullptr, step, time);
   }
 
   void put(nb::handle ids_object, nb::handle rows_object, nb::handle counts_object, nb::handle last_seen_object, int64_t step, double now) {
@@ -453,8 +463,9 @@ void add_tables(nb::module_& m) {
            "admit_after"_a = 1, "expire_steps"_a = 0, "expire_s"_a = 0.0, "decay"_a = 1.0, "budget_bytes"_a = 0, "when_full"_a = "evict",
            "evict"_a = "lru", "spill_folder"_a = "",
            "buckets"_a = std::pair<int, int>(0, kBuckets), "threads"_a = 1, "level"_a = "auto")
-      .def("pull", &PyTable::pull, "ids"_a, "out"_a, nb::kw_only(), "touch"_a, "now"_a, "prefetch"_a = true)
-      .def("push", &PyTable::push, "ids"_a, "gradients"_a, "scalars"_a, nb::kw_only(), "step"_a, "now"_a)
+      .def("pull", &PyTable::pull, "ids"_a, "out"_a, nb::kw_only(), "touch"_a, "now"_a, "numbers"_a = nb::none(),
+           "prefetch"_a = true)
+      .def("push", &PyTable::push, "ids"_a, "gradients"_a, "scalars"_a, nb::kw_only(), "step"_a, "now"_a, "numbers"_a = nb::none())
       .def("put", &PyTable::put, "ids"_a, "rows"_a, "counts"_a, "last_seen"_a, nb::kw_only(), "step"_a, "now"_a)
       .def("prefetch", &PyTable::prefetch, "ids"_a)
       .def("delete", &PyTable::erase, "ids"_a)
