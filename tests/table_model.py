@@ -15,7 +15,7 @@ _MASK = (1 << 64) - 1
 
 
 def mix64(value: int) -> int:
-    """Return the mix of a 64-bit number that buckets are made of."""
+    """Return the mix of a 64-bit number that buckets and stripes are made of."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK

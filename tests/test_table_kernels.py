@@ -24,6 +24,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from table_model import mix64
 
 from headwater import _kernels, optim
 from headwater._errors import SettingError
@@ -259,13 +260,13 @@ def test_every_level_and_thread_count_gives_the_same_table(optimizer: optim.Opti
 
     def run(level: str, threads: int) -> tuple[Any, ...]:
         rng = np.random.default_rng(3)
-        options = {"admit_after": 2, "expire_steps": 9, "decay": 0.75, "budget_bytes": 300_000}
-        options["budget_bytes"] += 4_000 * (92 + 4 * len(optimizer.row_slots(19)))
+        options = {"admit_after": 2, "expire_steps": 9, "decay": 0.75, "budget_bytes": 110_000, "stripes": 8}
+        options["budget_bytes"] += 2_300 * (92 + 4 * len(optimizer.row_slots(19)))
         table = make_table(optimizer, 19, level=level, threads=threads, **options)
         table.track("replica")
         pulled = []
         for step in range(1, 30):
-            ids, gradients = draw_push(rng, 20_000, 3_000, 19)
+            ids, gradients = draw_push(rng, 4_000, 2_100, 19)
             push(table, optimizer, ids, gradients, 150 * step if step > 20 else step)
             pulled.append(pull(table, ids, 19, touch=step % 2 == 0).tobytes())
         stats = table.stats()
@@ -436,7 +437,7 @@ def test_buckets_that_live_elsewhere_are_refused() -> None:
         {"initial_slots": [np.nan]}, {"initial": "zeros"}, {"scale": np.inf}, {"admit_after": 0}, {"admit_after": 1 << 21},
         {"expire_steps": -1}, {"expire_s": -1.0}, {"expire_s": np.nan}, {"expire_steps": 1, "expire_s": 1.0}, {"decay": 0.0},
         {"decay": 1.1}, {"budget_bytes": -1}, {"budget_bytes": 10_000}, {"when_full": "grow"}, {"evict": "fifo"},
-        {"buckets": (0, 257)}, {"buckets": (3, 3)}, {"threads": 0}, {"level": "mmx"},
+        {"buckets": (0, 257)}, {"buckets": (3, 3)}, {"stripes": 0}, {"stripes": 48}, {"stripes": 128}, {"threads": 0}, {"level": "mmx"},
     ],
     ids=repr,
 )  # fmt: skip
@@ -452,7 +453,7 @@ def track_many(table: _kernels.Table, count: int) -> None:
 
 
 def test_arguments_that_do_not_fit_change_nothing() -> None:
-    table = make_table(RULES[2], 3, expire_s=10.0, budget_bytes=250_000)
+    table = make_table(RULES[2], 3, expire_s=10.0, budget_bytes=250_000, stripes=8)
     ids, rows, row = np.arange(4), np.ones((4, 3), np.float32), np.array(RULES[2].row(RULES[2].scalars(), 1))
     counts, seen, full = np.ones(4, np.float32), np.ones(4, np.int64), np.ones((4, 4), np.float32)
     table.track("a")
@@ -512,12 +513,12 @@ def test_arguments_that_do_not_fit_change_nothing() -> None:
 
 # ---- against a plain dict ------------------------------------------------------------------------------------
 
-POOL = np.array([i for i in (*EXTREME.tolist(), *range(2, 12_000)) if _kernels.bucket_of(np.array([i]))[0] in (33, 34)])
+POOL = np.concatenate([EXTREME, np.arange(2, 90)])
 
 
 def smallest_budget(**options: Any) -> int:
     """Return a budget in bytes that a table is just content with."""
-    budget = 50_000
+    budget = 5_000
     while True:
         try:
             _kernels.Table(**options, budget_bytes=budget)
@@ -536,7 +537,7 @@ class Row:
 
 
 class TableMachine(RuleBasedStateMachine):
-    """Two buckets of a table, and dicts that do the same. Whom the table evicts, the model learns from the delta stream."""
+    """A table of two stripes, and dicts that do the same. Whom the table evicts, the model learns from the delta stream."""
 
     folder = ""
 
@@ -564,7 +565,7 @@ class TableMachine(RuleBasedStateMachine):
             "scale": 1.0,
         }
         self.empty = _kernels.Table(**options)
-        options |= {"admit_after": admit_after, "decay": decay, "buckets": (33, 35)} | expiry
+        options |= {"admit_after": admit_after, "decay": decay, "stripes": 2} | expiry
         if full:
             when_full, evict = full.split()
             options |= {"when_full": when_full, "evict": evict, "spill_folder": self.folder}
@@ -792,14 +793,14 @@ def test_a_table_does_what_plain_dicts_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize("evict", ["lru", "lfu"])
 @pytest.mark.parametrize("admit_after", [1, 2])
 def test_the_budget_is_never_exceeded(evict: str, admit_after: int) -> None:
-    """New ids, old ids, all ids of one bucket, imports, deletions, followers who do not ask; checked after every call."""
+    """New ids, old ids, all ids of one stripe, imports, deletions, followers who do not ask; checked after every call."""
     rng = np.random.default_rng(5)
     budget = 1_500_000
     options = {"budget_bytes": budget, "evict": evict, "admit_after": admit_after, "decay": 0.9, "expire_steps": 60}
     table = make_table(RULES[2], 12, threads=2, **options)
     limit = table.stats()["rows_max"]
     assert budget / limit < 1.6 * (16 + 13 * 4)
-    skewed = np.flatnonzero(_kernels.bucket_of(np.arange(400_000)) == 7)
+    skewed = np.array([i for i in range(100_000) if mix64(i) % 64 == 7])
     step, most = 1, 0
     for turn in range(400):
         kind = turn % 8
@@ -878,13 +879,12 @@ def test_a_follower_who_asks_too_late_starts_over() -> None:
 
 # ---- spilling ------------------------------------------------------------------------------------------------
 
-#: Ids of a few buckets, for each bucket needs some memory: so few rows are many.
-HERE = np.arange(1_600_000)[_kernels.bucket_of(np.arange(1_600_000)) < 16]
+HERE = np.arange(100_000)
 BUDGET = 2_500_000
 
 
 def spilling_table(folder: Path, budget: int = BUDGET, **options: Any) -> _kernels.Table:
-    options = {"buckets": (0, 16), "budget_bytes": budget, "when_full": "spill", "spill_folder": str(folder)} | options
+    options = {"stripes": 16, "budget_bytes": budget, "when_full": "spill", "spill_folder": str(folder)} | options
     return make_table(RULES[2], 12, **options)
 
 
@@ -899,7 +899,7 @@ def test_rows_on_disk_are_the_same_rows(tmp_path: Path, evict: str) -> None:
     """Against a table that has room for all: pushes, both kinds of pulls, deletions, expiry, decay, a follower; budget kept."""
     options: dict[str, Any] = {"decay": 0.8, "expire_steps": 900}
     table = spilling_table(tmp_path, evict=evict, threads=2, **options)
-    twin = make_table(RULES[2], 12, buckets=(0, 16), **options)
+    twin = make_table(RULES[2], 12, **options)
     table.track("replica")
     rng = np.random.default_rng(0)
     replica: dict[int, bytes] = {}
@@ -1083,9 +1083,7 @@ def test_a_snapshot_is_the_table_however_it_changed_meanwhile(kind: str, tmp_pat
         touches = seed % 3 == 0
         expiries: list[dict[str, Any]] = [{}, {"expire_steps": 40}, {"expire_s": 50.0}]
         options = (
-            SNAPSHOT_TABLES[kind]
-            | expiries[seed % 3]
-            | {"buckets": (0, 16), "decay": 0.8, "spill_folder": str(tmp_path)}
+            SNAPSHOT_TABLES[kind] | expiries[seed % 3] | {"stripes": 16, "decay": 0.8, "spill_folder": str(tmp_path)}
         )
         table = make_table(RULES[2], 12, **options)
         step, now, space = 1, 1_000.0, int(rng.choice([4_000, 20_000]))
@@ -1144,7 +1142,7 @@ def test_a_snapshot_is_the_table_however_it_changed_meanwhile(kind: str, tmp_pat
 
 @pytest.mark.parametrize("kind", ["grows", "lru", "spills"])
 def test_a_snapshot_is_made_while_others_use_the_table(kind: str, tmp_path: Path) -> None:
-    options = SNAPSHOT_TABLES[kind] | {"buckets": (0, 16), "spill_folder": str(tmp_path), "admit_after": 1}
+    options = SNAPSHOT_TABLES[kind] | {"stripes": 16, "spill_folder": str(tmp_path), "admit_after": 1}
     table = make_table(RULES[2], 12, threads=2, **options)
     fill(table, 20_000, 1_000)
     is_over, failures, pushes = threading.Event(), [], [0, 0]
@@ -1192,7 +1190,7 @@ def test_a_snapshot_is_made_while_others_use_the_table(kind: str, tmp_path: Path
 
 @pytest.mark.parametrize("limit", [1, 7, 1000])
 def test_changes_come_in_parts_of_the_limit_and_each_once(limit: int, tmp_path: Path) -> None:
-    for table, count in ((make_table(RULES[2], 12, buckets=(0, 16)), 2_000), (spilling_table(tmp_path), 50_000)):
+    for table, count in ((make_table(RULES[2], 12), 2_000), (spilling_table(tmp_path), 50_000)):
         fill(table, count, 1_000)
         most = limit + 4096 // (16 + 13 * 4)  # a page of rows on disk is read as a whole
         table.track("x")
@@ -1208,17 +1206,16 @@ def test_changes_come_in_parts_of_the_limit_and_each_once(limit: int, tmp_path: 
 
 
 def test_a_consumer_who_reads_in_time_is_not_overtaken_because_of_one_who_does_not() -> None:
-    """The log keeps 512 ids a bucket at least."""
-    table = make_table(RULES[0], 1, buckets=(0, 16))
+    """The log keeps 2,048 ids a stripe at least."""
+    table = make_table(RULES[0], 1, stripes=1)
     table.track("sleeper")
     table.changes("sleeper")
     table.track("reader")
     table.changes("reader")
-    ids = HERE[_kernels.bucket_of(HERE) == 3]
-    for at in range(0, 5_120, 512):
-        some = ids[at : at + 512]
-        push(table, RULES[0], some, np.ones((512, 1), np.float32))
-        assert table.delete(some) == 512
+    for at in range(0, 20_480, 2_048):
+        some = HERE[at : at + 2_048]
+        push(table, RULES[0], some, np.ones((2_048, 1), np.float32))
+        assert table.delete(some) == 2_048
         *_, deleted, _, restart, _ = table.changes("reader")
         assert not restart
         assert deleted.tolist() == some.tolist()

@@ -184,7 +184,7 @@ class Table:
 
     It can be shared between threads: calls that change rows exclude each other and readers, and the GIL is released.
     A row exists once a push trained it (after `admit_after` sightings) or `put` wrote it. An id without a row has its initial
-    value: a pure function of (seed, id, position). Rows lie in 256 buckets, by `bucket_of`; each has its own index, its
+    value: a pure function of (seed, id, position). Rows lie in stripes, by their hash; each has its own index, its
     own rows, an equal share of the budget, and is worked on by one thread at a time, in the order of the batch: so the
     same calls give the same rows, evictions and bits, whatever the thread count or SIMD level. (With spilling, what
     `prefetch` brought in by the time of a call decides which rows are in memory, never what they hold.)
@@ -214,6 +214,7 @@ class Table:
         evict: str = "lru",
         spill_folder: str = "",
         buckets: tuple[int, int] = (0, 256),
+        stripes: int = 64,
         threads: int = 1,
         level: str = "auto",
     ) -> None:
@@ -228,11 +229,11 @@ class Table:
         expire_steps, expire_s: a row unseen for longer is gone; 0: never. Only one of them.
         decay: counts are multiplied by it once every 1,000 steps, rounded down to a sixteenth. 0 < decay <= 1.
         budget_bytes: 0: no limit. Everything counts, growth too, and `bytes` never exceeds it. ValueError, naming the smallest,
-            when it is too small for a handful of rows in each bucket.
+            when it is too small for a page of rows in each stripe.
         when_full: "evict" or "spill" (to an unnamed file in spill_folder, which must exist; OSError when it cannot be made). In
             memory a spilled row costs about 11 bytes.
         evict: "lru" or "lfu": who goes, the worst of a few rows drawn at random.
-        buckets: [first, limit) of those that live here.
+        buckets: [first, limit) of those whose ids live here. stripes: a power of two up to 64.
         """
 
     def pull(
@@ -328,9 +329,9 @@ class Table:
         be missing. Sightings of ids without a row are not part of it.
 
         restart: the first time; after an error; and when the log of deleted ids has lost some that the consumer has not read:
-        drop all answers so far, and go on. Each bucket's log keeps the latest: without a budget at least 512 ids and a sixteenth
-        of the bucket's rows, with one about budget_bytes/1024 over all buckets. So it does not happen while fewer are deleted between
-        two calls, for every call reads the log of every bucket, whatever its limit.
+        drop all answers so far, and go on. Each stripe's log keeps the latest: without a budget at least 2,048 ids and a sixteenth
+        of the stripe's rows, with one about budget_bytes/1024 over all stripes. So it does not happen while fewer are deleted between
+        two calls, for every call reads the log of every stripe, whatever its limit.
         Raises ValueError for a name that is not tracked, OSError when a spilled row cannot be read.
         """
 

@@ -12,15 +12,10 @@
 namespace headwater {
 namespace {
 
-constexpr int64_t kChunkBytes = 8 << 10;    // at most, unless a row is larger
-constexpr int64_t kSpillChunkBytes = 128 << 10; // with spilling: chunks are whole pages, to be given back
-constexpr int64_t kChunksMin = 8;           // of a bucket, in a budget
-constexpr int64_t kPage = 4096;
-constexpr int64_t kBudgetSlack = 32;        // this part of a budget is left for what is allocated and not yet used
 constexpr int64_t kBudgetLog = 64;          // this part for the ids of deleted rows
 constexpr int64_t kBudgetCandidates = 8;    // this part for the counters of ids without a row, when there are any
-constexpr int64_t kCandidatesMin = 16 << 10;  // bytes of a bucket, without a budget
-constexpr int64_t kBucketRowsMin = 4;
+constexpr int64_t kCandidatesMin = 16 << 10;  // bytes of a stripe, without a budget
+constexpr int64_t kStripeRowsMin = 16;
 constexpr int64_t kLineAhead = 30, kPlaceAhead = 20, kRowAhead = 10;  // ids, for the three looks ahead
 constexpr int64_t kRing = 32;               // for what the looks remember: more than they are ahead, so that i % kRing is free
 constexpr int64_t kAlone = 2048;            // ids: fewer are not worth waking a thread
@@ -41,12 +36,13 @@ inline void copy_floats(float* to, const float* from, int64_t count) {
 
 // ---- size ----------------------------------------------------------------------------------------------------
 
-Table::Table(const TableSettings& settings) : settings_(settings), buckets_(kBuckets) {
+Table::Table(const TableSettings& settings) : settings_(settings), stripes_(static_cast<size_t>(settings.stripes)) {
   start_.kind = settings.initial;
   start_.scale = static_cast<float>(settings.initial == Initial::normal ? settings.scale * std::sqrt(1.5) / 65536.0 : settings.scale);
   start_.seed = mix64(settings.seed);
   step_row_ = settings.level->step[static_cast<int>(settings.rule)];
   shape_.dim = settings.dim;
+  shape_.stripes = settings.stripes;
   shape_.slots = static_cast<int64_t>(settings.initial_slots.size());
   shape_.row_bytes = static_cast<int64_t>(sizeof(Header)) + width() * static_cast<int64_t>(sizeof(float));
   shape_.victim = settings.victim;
@@ -54,81 +50,62 @@ Table::Table(const TableSettings& settings) : settings_(settings), buckets_(kBuc
   shape_.decay = settings.decay;
   shape_.spill_base = kNone;
   if (settings.spills) {
-    shape_.unit_rows = std::max<int64_t>(1, kPage / shape_.row_bytes);
-    shape_.unit_bytes = (shape_.unit_rows * shape_.row_bytes + kPage - 1) / kPage * kPage;
+    shape_.unit_rows = std::max<int64_t>(1, Range::kPage / shape_.row_bytes);
+    shape_.unit_bytes = (shape_.unit_rows * shape_.row_bytes + Range::kPage - 1) / Range::kPage * Range::kPage;
   }
-  while (shape_.row_bytes << (shape_.shift + 1) <= (settings.spills ? kSpillChunkBytes : kChunkBytes)) shape_.shift++;
   plan_budget();
   if (settings.spills) {
-    shape_.spill_base = static_cast<uint32_t>(shape_.chunks_max << shape_.shift);
+    shape_.spill_base = static_cast<uint32_t>(shape_.rows_max);
     disk_ = std::make_unique<Disk>(settings.spill_folder, shape_.unit_bytes);
   }
-  for (int b = settings.first_bucket; b < settings.bucket_limit; b++) buckets_[static_cast<size_t>(b)].init(&shape_, slabs_.get(), b);
+  for (int i = 0; i < settings_.stripes; i++) stripes_[static_cast<size_t>(i)].init(&shape_, i);
 }
 
-// Sets the limits of one bucket, so that all buckets together, with the regions of their rows, stay within the budget whatever
-// happens. Returns how many rows a bucket can have.
-int64_t Table::set_shape(int64_t budget) {
+// Sets the limits of one stripe, so that all of them together stay within the budget whatever happens.
+void Table::set_limits(int64_t budget) {
   const bool spills = settings_.spills;
-  shape_.chunk_bytes = shape_.row_bytes << shape_.shift;
-  if (spills) shape_.chunk_bytes = (shape_.chunk_bytes + kPage - 1) / kPage * kPage;
-  const int64_t region = Slabs::region_of(shape_.chunk_bytes, budget / kBudgetSlack);
-  const int64_t in_region = region / shape_.chunk_bytes;
-  shape_.chunk_cost = (region + in_region - 1) / in_region;
-  const int64_t fixed = fixed_bytes() + region;
-  const int64_t share = (budget - fixed) / (settings_.bucket_limit - settings_.first_bucket);
+  const int64_t share = (budget - fixed_bytes()) / settings_.stripes;
   shape_.deleted_max = std::max<int64_t>(0, share / kBudgetLog / static_cast<int64_t>(sizeof(int64_t)));
   shape_.candidates_bytes = settings_.admit_after > 1 ? std::max<int64_t>(256, share / kBudgetCandidates) : 0;
   shape_.quota = share - shape_.deleted_max * static_cast<int64_t>(sizeof(int64_t)) - shape_.candidates_bytes;
   const int64_t ahead = spills ? kPagesAhead * (static_cast<int64_t>(sizeof(Unit)) + 4 * shape_.unit_rows + 16) : 0;
-  const int64_t line_bytes = static_cast<int64_t>(sizeof(Line)), rows_in_chunk = 1ll << shape_.shift;
-  const int64_t per_chunk = shape_.chunk_cost + static_cast<int64_t>(sizeof(char*)) + (rows_in_chunk * line_bytes + kLineRows - 1) / kLineRows;
-  shape_.chunks_max = std::min<int64_t>(std::max<int64_t>(0, (shape_.quota - ahead - 2 * line_bytes) / per_chunk), kRowsMax / rows_in_chunk);
-  const int64_t rows = shape_.chunks_max * rows_in_chunk;
-  shape_.lines_max = spills ? INT64_MAX / 2 : (rows + kLineRows - 1) / kLineRows;
-  return rows;
+  const int64_t line_bytes = static_cast<int64_t>(sizeof(Line)), lines_rows = kLineRows * shape_.row_bytes + line_bytes;
+  const int64_t rows = std::max<int64_t>(0, shape_.quota - ahead - 2 * line_bytes) * kLineRows / lines_rows;
+  shape_.rows_max = std::min<int64_t>(rows * shape_.row_bytes / Range::kPage * Range::kPage / shape_.row_bytes, kRowsMax);  // whole pages
+  shape_.lines_max = spills ? INT64_MAX / 2 : (shape_.rows_max + kLineRows - 1) / kLineRows;
 }
 
 void Table::plan_budget() {
   if (settings_.budget_bytes == 0) {
-    shape_.chunk_bytes = shape_.chunk_cost = shape_.row_bytes << shape_.shift;
-    shape_.quota = shape_.chunks_max = INT64_MAX / 2;
-    shape_.lines_max = INT64_MAX / 2;
+    shape_.quota = shape_.lines_max = INT64_MAX / 2;
+    shape_.rows_max = kRowsMax;
     shape_.candidates_bytes = shape_.deleted_max = -1;
-    slabs_ = std::make_unique<Slabs>(shape_.chunk_bytes, 0);
     return;
   }
-  const auto rows_for = [this](int64_t budget) {
-    int64_t rows;
-    const int64_t chunk_min = settings_.spills ? kPage / 2 : 0;
-    while ((rows = set_shape(budget)) < kChunksMin << shape_.shift && shape_.row_bytes << shape_.shift > chunk_min && shape_.shift > 0) {
-      shape_.shift--;
-    }
-    return settings_.spills && shape_.chunks_max < kChunksMin / 2 ? 0 : rows;
+  const auto holds_a_few = [this](int64_t budget) {
+    set_limits(budget);
+    return shape_.rows_max >= std::max(kStripeRowsMin, settings_.spills ? 2 * shape_.unit_rows : 0);
   };
-  if (rows_for(settings_.budget_bytes) < kBucketRowsMin) {
-    int64_t smallest = settings_.budget_bytes;
-    while (rows_for(smallest) < kBucketRowsMin) smallest += smallest / 16 + 4096;
-    throw std::invalid_argument("Expected a budget of at least about " + std::to_string(smallest) + " bytes for a few rows of " +
-                                std::to_string(shape_.row_bytes) + " bytes in each of " +
-                                std::to_string(settings_.bucket_limit - settings_.first_bucket) + " buckets, got " +
-                                std::to_string(settings_.budget_bytes) + ".");
-  }
-  slabs_ = std::make_unique<Slabs>(shape_.chunk_bytes, Slabs::region_of(shape_.chunk_bytes, settings_.budget_bytes / kBudgetSlack));
+  if (holds_a_few(settings_.budget_bytes)) return;
+  int64_t smallest = settings_.budget_bytes;
+  while (!holds_a_few(smallest)) smallest += smallest / 16 + 4096;
+  throw std::invalid_argument("Expected a budget of at least about " + std::to_string(smallest) + " bytes for a few rows of " +
+                              std::to_string(shape_.row_bytes) + " bytes in each of " + std::to_string(settings_.stripes) + " stripes, got " +
+                              std::to_string(settings_.budget_bytes) + ".");
 }
 
 int64_t Table::rows_max() const {
-  return settings_.budget_bytes == 0 ? 0 : (shape_.chunks_max << shape_.shift) * (settings_.bucket_limit - settings_.first_bucket);
+  return settings_.budget_bytes == 0 ? 0 : shape_.rows_max * settings_.stripes;
 }
 
 int64_t Table::fixed_bytes() const {
   const int64_t spilling = settings_.spills ? Disk::kDepth * shape_.unit_bytes + warm_rows() * shape_.row_bytes : 0;
-  return static_cast<int64_t>(sizeof(Table) + kBuckets * sizeof(Bucket)) + spilling;
+  return static_cast<int64_t>(sizeof(Table) + stripes_.size() * sizeof(Stripe)) + spilling;
 }
 
 int64_t Table::bytes_unlocked() {
-  int64_t sum = fixed_bytes() + slabs_->bytes();
-  for (int b = settings_.first_bucket; b < settings_.bucket_limit; b++) sum += buckets_[static_cast<size_t>(b)].bytes();
+  int64_t sum = fixed_bytes();
+  for (const Stripe& stripe : stripes_) sum += stripe.bytes();
   return sum;
 }
 
@@ -140,16 +117,16 @@ int64_t Table::bytes() {
 TableStats Table::stats() {
   std::shared_lock<std::shared_mutex> hold(lock_);
   TableStats sum = {};
-  for (const Bucket& bucket : buckets_) {
-    sum.rows += bucket.rows();
-    sum.admitted += bucket.admitted;
-    sum.refused += bucket.refused;
-    sum.evicted += bucket.evicted;
-    sum.expired += bucket.expired;
-    sum.deleted += bucket.dropped;
-    sum.spilled_rows += bucket.spilled();
-    sum.spilled += bucket.written;
-    sum.loaded += bucket.loaded;
+  for (const Stripe& stripe : stripes_) {
+    sum.rows += stripe.rows();
+    sum.admitted += stripe.admitted;
+    sum.refused += stripe.refused;
+    sum.evicted += stripe.evicted;
+    sum.expired += stripe.expired;
+    sum.deleted += stripe.dropped;
+    sum.spilled_rows += stripe.spilled();
+    sum.spilled += stripe.written;
+    sum.loaded += stripe.loaded;
   }
   if (disk_ != nullptr) sum.spilled_bytes = disk_->bytes();
   sum.bytes = bytes_unlocked();
@@ -167,29 +144,28 @@ TableStats Table::stats() {
 // `later`, in their order. `bytes` of each row are asked for ahead. numbers: what most likely are the rows' own, or null.
 template <bool prefetch, class Use>
 Table::LookedUp Table::look_up(const int64_t* ids, int64_t count, const uint32_t* numbers, int64_t bytes, Use use) const {
-  const auto bucket_at = [this](uint64_t hash) -> const Bucket& { return buckets_[static_cast<size_t>(bucket_of(hash))]; };
   LookedUp all;
   std::mutex adding;
   run_tasks((count + kPart - 1) / kPart, count < kAlone ? 1 : settings_.threads, [&](int64_t part) {
     const int64_t end = std::min(count, (part + 1) * kPart), begin = part * kPart;
     LookedUp mine;
-    Bucket::Sight sights[kRing];
+    Stripe::Sight sights[kRing];
     const auto sight_of = [&sights](int64_t i) { return &sights[static_cast<uint64_t>(i) % kRing]; };
     for (int64_t i = prefetch ? begin - kLineAhead : begin; i < end; i++) {
       if (prefetch) {
         const int64_t far = i + kLineAhead, middle = i + kPlaceAhead, near = i + kRowAhead;
-        if (far < end && numbers == nullptr) bucket_at(hash_of(ids[far])).look_at_line(hash_of(ids[far]), sight_of(far));
+        if (far < end && numbers == nullptr) stripe_at(hash_of(ids[far])).look_at_line(hash_of(ids[far]), sight_of(far));
         if (middle >= begin && middle < end) {
-          Bucket::Sight* sight = sight_of(middle);
-          if (numbers == nullptr) sight->bucket->look_for_place(sight);
-          else bucket_at(hash_of(ids[middle])).look_for_place(hash_of(ids[middle]), numbers[middle], sight);
+          Stripe::Sight* sight = sight_of(middle);
+          if (numbers == nullptr) sight->stripe->look_for_row(bytes, sight);
+          else stripe_at(hash_of(ids[middle])).look_for_row(hash_of(ids[middle]), numbers[middle], bytes, sight);
         }
-        if (near >= begin && near < end) sight_of(near)->bucket->look_at_row(bytes, sight_of(near));
+        if (near >= begin && near < end) sight_of(near)->stripe->look_further(bytes, sight_of(near));
         if (i < begin) continue;
       }
-      const Bucket::Sight& sight = *sight_of(i);
+      const Stripe::Sight& sight = *sight_of(i);
       const uint64_t hash = prefetch ? sight.hash : hash_of(ids[i]);
-      const Seen said = use(i, hash, prefetch ? sight.bucket->find(ids[i], sight) : bucket_at(hash).find(hash, ids[i]));
+      const Seen said = use(i, hash, prefetch ? sight.stripe->find(ids[i], sight) : stripe_at(hash).find(hash, ids[i]));
       mine.rows += said == Seen::row;
       if (said == Seen::later) mine.later.push_back(i);
     }
@@ -216,7 +192,7 @@ Table::LookedUp Table::pull_all(const int64_t* ids, int64_t count, float* out, u
     if (found.row == nullptr || has_expired(last, clock)) {
       settings_.level->fill(start_, key_of(hash), to, settings_.dim);
       bool may_be = false;
-      if (found.row == nullptr) buckets_[static_cast<size_t>(bucket_of(hash))].each_spilled(hash, [&](uint32_t) { may_be = true; });
+      if (found.row == nullptr) stripe_at(hash).each_spilled(hash, [&](uint32_t) { may_be = true; });
       return may_be ? Seen::later : Seen::nothing;
     }
     copy_floats(to, found.row->values(), settings_.dim);
@@ -252,61 +228,62 @@ int64_t Table::pull(const int64_t* ids, int64_t count, float* out, uint32_t* num
 
 // ---- changes -------------------------------------------------------------------------------------------------
 
-// Ids by bucket, those of a bucket in the order of the batch. some: those of them that are meant, or null: all.
+// Ids by stripe, those of a stripe in the order of the batch. some: those of them that are meant, or null: all.
 class Table::Sorted {
  public:
-  Sorted(const int64_t* ids, int64_t count, const int64_t* some) : hashes_(static_cast<size_t>(count)), order_(static_cast<size_t>(count)) {
+  Sorted(const Table& table, const int64_t* ids, int64_t count, const int64_t* some)
+      : hashes_(static_cast<size_t>(count)), order_(static_cast<size_t>(count)) {
     const auto source_of = [some](int64_t i) { return some == nullptr ? i : some[i]; };
-    for (int64_t i = 0; i < count; i++) ends_[bucket_of(hash_of(ids[source_of(i)]))]++;
-    int64_t next[kBuckets], sum = 0;
-    for (int b = 0; b < kBuckets; b++) {
+    for (int64_t i = 0; i < count; i++) ends_[table.stripe_of(hash_of(ids[source_of(i)]))]++;
+    int64_t next[kStripesMax], sum = 0;
+    for (int b = 0; b < table.settings_.stripes; b++) {
       next[b] = sum;
       ends_[b] = sum += ends_[b];
     }
     for (int64_t i = 0; i < count; i++) {
       const uint64_t hash = hash_of(ids[source_of(i)]);
-      const size_t to = static_cast<size_t>(next[bucket_of(hash)]++);
+      const size_t to = static_cast<size_t>(next[table.stripe_of(hash)]++);
       hashes_[to] = hash;
       order_[to] = source_of(i);
     }
   }
-  int64_t begin(int64_t bucket) const { return bucket == 0 ? 0 : ends_[bucket - 1]; }
-  int64_t end(int64_t bucket) const { return ends_[bucket]; }
+  int64_t begin(int64_t stripe) const { return stripe == 0 ? 0 : ends_[stripe - 1]; }
+  int64_t end(int64_t stripe) const { return ends_[stripe]; }
   uint64_t hash(int64_t i) const { return hashes_[static_cast<size_t>(i)]; }
   int64_t source(int64_t i) const { return order_[static_cast<size_t>(i)]; }
 
  private:
-  int64_t ends_[kBuckets] = {};
+  int64_t ends_[kStripesMax] = {};
   std::vector<uint64_t> hashes_;
   std::vector<int64_t> order_;
 };
 
-// Calls visit(bucket, i, sight) for every id, those of a bucket one after the other on one thread, in the order of the batch.
+// Calls visit(stripe, i, sight) for every id, those of a stripe one after the other on one thread, in the order of the batch.
 // some: `count` of the ids, by their places, or null: all. data: an array of `width` floats for each id that the visit will read, or null.
 template <class Visit>
 void Table::visit(const int64_t* ids, int64_t count, const int64_t* some, const float* data, int64_t width, Visit visit) {
-  const Sorted sorted(ids, count, some);
+  const Sorted sorted(*this, ids, count, some);
   const int64_t row_bytes = std::min(kRowBytesAhead, shape_.row_bytes);
   std::exception_ptr failure;
   std::mutex failing;
-  run_tasks(kBuckets, count < kAlone ? 1 : settings_.threads, [&](int64_t b) {
+  run_tasks(settings_.stripes, count < kAlone ? 1 : settings_.threads, [&](int64_t b) {
     const int64_t begin = sorted.begin(b), end = sorted.end(b);
     if (begin == end) return true;
-    Bucket& bucket = buckets_[static_cast<size_t>(b)];
-    Bucket::Sight sights[kRing];
+    Stripe& stripe = stripes_[static_cast<size_t>(b)];
+    Stripe::Sight sights[kRing];
     const auto sight_of = [&sights](int64_t i) { return &sights[static_cast<uint64_t>(i) % kRing]; };
     try {
       for (int64_t i = begin - kLineAhead; i < end; i++) {
         const int64_t far = i + kLineAhead, middle = i + kPlaceAhead, near = i + kRowAhead;
-        if (far < end) bucket.look_at_line(sorted.hash(far), sight_of(far));
-        if (middle >= begin && middle < end) bucket.look_for_place(sight_of(middle));
+        if (far < end) stripe.look_at_line(sorted.hash(far), sight_of(far));
+        if (middle >= begin && middle < end) stripe.look_for_row(row_bytes, sight_of(middle));
         if (near >= begin && near < end) {
-          bucket.look_at_row(row_bytes, sight_of(near));
+          stripe.look_further(row_bytes, sight_of(near));
           __builtin_prefetch(ids + sorted.source(near));
           const float* row = data + sorted.source(near) * width;
           for (int64_t at = 0; at < std::min(width * 4, kRowBytesAhead); at += 64) __builtin_prefetch(row + at / 4);
         }
-        if (i >= begin) visit(bucket, sorted.source(i), *sight_of(i));
+        if (i >= begin) visit(stripe, sorted.source(i), *sight_of(i));
       }
     } catch (...) {
       std::lock_guard<std::mutex> hold(failing);
@@ -334,58 +311,53 @@ void Table::decay() {
   const uint64_t period = static_cast<uint64_t>(step_ / kDecaySteps);
   if (period == period_) return;
   period_ = period;
-  run_tasks(kBuckets, settings_.threads, [&](int64_t b) {
-    buckets_[static_cast<size_t>(b)].decay(settings_.decay, period);
+  run_tasks(settings_.stripes, settings_.threads, [&](int64_t b) {
+    stripes_[static_cast<size_t>(b)].decay(settings_.decay, period);
     return true;
   });
 }
 
-// Deletes what has expired by now in the buckets [first, limit).
-int64_t Table::expire(int first, int limit) {
+// Deletes what has expired by now of the rows with these numbers.
+int64_t Table::expire(Stripe& stripe, uint32_t first, uint32_t limit) {
   if (settings_.expire_after == 0) return 0;
-  int64_t expired = 0;
-  for (int b = first; b < limit; b++) {
-    Bucket& bucket = buckets_[static_cast<size_t>(b)];
-    const int64_t before = bucket.rows();
-    for (uint32_t n = 0; n < bucket.used(); n++) {
-      Header* row = bucket.row(n);
-      if (!row->is_free() && has_expired(row->last, clock_)) bucket.remove({n, row});
-    }
-    bucket.expired += before - bucket.rows();
-    expired += before - bucket.rows();
+  const int64_t before = stripe.rows();
+  for (uint32_t n = first; n < limit; n++) {
+    Header* row = stripe.row(n);
+    if (!row->is_free() && has_expired(row->last, clock_)) stripe.remove({n, row});
   }
-  return expired + (disk_ != nullptr ? expire_spilled(first, limit) : 0);
+  stripe.expired += before - stripe.rows();
+  return before - stripe.rows();
 }
 
 // The row of an id that is about to be written; value and state of a new one are garbage. None: it is not admitted yet.
-Found Table::obtain(Bucket& bucket, int64_t id, const Bucket::Sight& sight, uint32_t clock, bool admit, bool* is_new) {
+Found Table::obtain(Stripe& stripe, int64_t id, const Stripe::Sight& sight, uint32_t clock, bool admit, bool* is_new) {
   const uint64_t hash = sight.hash;
-  Found found = bucket.find(id, sight);
+  Found found = stripe.find(id, sight);
   if (found.row != nullptr && has_expired(found.row->last, clock)) {
-    bucket.remove(found);
-    bucket.expired++;
+    stripe.remove(found);
+    stripe.expired++;
     found = {};
   }
   *is_new = found.row == nullptr;
   if (!*is_new) return found;
   uint32_t count = 0;
   if (settings_.admit_after > 1) {
-    const uint32_t last = bucket.candidates.last_seen(id, hash);
-    if (admit || (last != kNone && has_expired(last, clock))) bucket.candidates.forget(id, hash);
+    const uint32_t last = stripe.candidates.last_seen(id, hash);
+    if (admit || (last != kNone && has_expired(last, clock))) stripe.candidates.forget(id, hash);
     if (!admit) {
-      const int64_t rows_part = std::max(kCandidatesMin, bucket.rows() * shape_.row_bytes / kBudgetCandidates);
-      count = bucket.candidates.see(id, hash, clock, shape_.candidates_bytes >= 0 ? shape_.candidates_bytes : rows_part);
+      const int64_t rows_part = std::max(kCandidatesMin, stripe.rows() * shape_.row_bytes / kBudgetCandidates);
+      count = stripe.candidates.see(id, hash, clock, shape_.candidates_bytes >= 0 ? shape_.candidates_bytes : rows_part);
       if (count < settings_.admit_after * kSighting) {
-        bucket.refused++;
+        stripe.refused++;
         return {};
       }
-      bucket.candidates.forget(id, hash);
+      stripe.candidates.forget(id, hash);
       count -= kSighting;  // this sighting is counted like that of any row
     }
   }
-  found = bucket.insert(hash, id, clock);
+  found = stripe.insert(hash, id, clock);
   found.row->set_count(count);
-  bucket.admitted++;
+  stripe.admitted++;
   return found;
 }
 
@@ -406,9 +378,9 @@ void Table::push(const int64_t* ids, int64_t count, const float* gradients, cons
     return Seen::row;
   });
   const int64_t rest = static_cast<int64_t>(found.later.size());
-  visit(ids, rest, found.later.data(), gradients, settings_.dim, [&](Bucket& bucket, int64_t i, const Bucket::Sight& sight) {
+  visit(ids, rest, found.later.data(), gradients, settings_.dim, [&](Stripe& stripe, int64_t i, const Stripe::Sight& sight) {
     bool is_new;
-    const Found found = obtain(bucket, ids[i], sight, clock, false, &is_new);
+    const Found found = obtain(stripe, ids[i], sight, clock, false, &is_new);
     if (found.row == nullptr) return;
     see(*found.row);
     float* values = found.row->values();
@@ -443,9 +415,9 @@ void Table::put(const int64_t* ids, int64_t count, const float* rows, const floa
 }
 
 void Table::put_part(const int64_t* ids, int64_t count, const float* rows, const float* counts, const int64_t* last_seen, uint32_t clock) {
-  visit(ids, count, nullptr, rows, width(), [&](Bucket& bucket, int64_t i, const Bucket::Sight& sight) {
+  visit(ids, count, nullptr, rows, width(), [&](Stripe& stripe, int64_t i, const Stripe::Sight& sight) {
     bool is_new;
-    Header& row = *obtain(bucket, ids[i], sight, clock, true, &is_new).row;
+    Header& row = *obtain(stripe, ids[i], sight, clock, true, &is_new).row;
     row.last = static_cast<uint32_t>(last_seen[i]);
     row.marks = static_cast<uint32_t>(counts[i] * kSighting) << 8 | (row.marks & kOfConsumers) | shape_.followers;
     copy_floats(row.values(), rows + i * width(), width());
@@ -455,12 +427,12 @@ void Table::put_part(const int64_t* ids, int64_t count, const float* rows, const
 int64_t Table::erase(const int64_t* ids, int64_t count) {
   std::unique_lock<std::shared_mutex> hold(lock_);
   std::atomic<int64_t> erased{0};
-  visit(ids, count, nullptr, nullptr, 0, [&](Bucket& bucket, int64_t i, const Bucket::Sight& sight) {
-    const Found found = bucket.find(ids[i], sight);
-    bucket.candidates.forget(ids[i], sight.hash);
+  visit(ids, count, nullptr, nullptr, 0, [&](Stripe& stripe, int64_t i, const Stripe::Sight& sight) {
+    const Found found = stripe.find(ids[i], sight);
+    stripe.candidates.forget(ids[i], sight.hash);
     if (found.row == nullptr) return;
-    bucket.remove(found);
-    bucket.dropped++;
+    stripe.remove(found);
+    stripe.dropped++;
     erased++;
   });
   return erased + (disk_ != nullptr ? erase_spilled(ids, count) : 0);
@@ -469,11 +441,18 @@ int64_t Table::erase(const int64_t* ids, int64_t count) {
 int64_t Table::sweep(int64_t step, int64_t now) {
   std::unique_lock<std::shared_mutex> hold(lock_);
   advance(step, now);
+  if (settings_.expire_after == 0) return 0;
   int64_t looked_at = 0, expired = 0;
-  for (int i = 0; i < kBuckets && looked_at < kSweepRows; i++) {
-    looked_at += buckets_[static_cast<size_t>(sweep_next_)].used();
-    expired += expire(sweep_next_, sweep_next_ + 1);
-    sweep_next_ = (sweep_next_ + 1) % kBuckets;
+  for (int i = 0; i < settings_.stripes && looked_at < kSweepRows; i++) {
+    Stripe& stripe = stripes_[static_cast<size_t>(sweep_stripe_)];
+    const uint32_t end = static_cast<uint32_t>(std::min<int64_t>(stripe.used(), sweep_row_ + kSweepRows - looked_at));
+    looked_at += std::max<int64_t>(0, static_cast<int64_t>(end) - sweep_row_);
+    expired += expire(stripe, sweep_row_, end);
+    sweep_row_ = end;
+    if (end < stripe.used()) break;
+    if (disk_ != nullptr) expired += expire_spilled(stripe);
+    sweep_stripe_ = (sweep_stripe_ + 1) % settings_.stripes;
+    sweep_row_ = 0;
   }
   return expired;
 }
@@ -487,22 +466,22 @@ void Table::copy_row(const Header& header, const float* values, int64_t width, R
   to->last_seen.push_back(header.last);
 }
 
-// A cursor is bucket << 32 | row number.
+// A cursor is stripe << 32 | row number.
 Rows Table::export_rows(int64_t cursor, int64_t limit) {
   std::unique_lock<std::shared_mutex> hold(lock_);  // a pull would touch rows meanwhile
   Rows found;
   int64_t rows = 0;
-  for (const Bucket& bucket : buckets_) rows += bucket.rows() + bucket.spilled();
+  for (const Stripe& stripe : stripes_) rows += stripe.rows() + stripe.spilled();
   found.reserve(std::min(limit, rows), width());
   int64_t from = cursor & 0xffffffff;
-  for (int64_t b = cursor >> 32; b < kBuckets; b++, from = 0) {
-    Bucket& bucket = buckets_[static_cast<size_t>(b)];
-    for (int64_t n = from; n < bucket.used(); n++) {
+  for (int64_t b = cursor >> 32; b < settings_.stripes; b++, from = 0) {
+    Stripe& stripe = stripes_[static_cast<size_t>(b)];
+    for (int64_t n = from; n < stripe.used(); n++) {
       if (static_cast<int64_t>(found.ids.size()) == limit) {
         found.next = b << 32 | n;
         return found;
       }
-      Header* row = bucket.row(static_cast<uint32_t>(n));
+      Header* row = stripe.row(static_cast<uint32_t>(n));
       if (!row->is_free() && !has_expired(row->last, clock_)) copy_row(*row, row->values(), width(), &found);
     }
     if (disk_ != nullptr && !export_spilled(b, from, limit, &found)) return found;
@@ -511,7 +490,7 @@ Rows Table::export_rows(int64_t cursor, int64_t limit) {
 }
 
 // ---- the delta stream ----------------------------------------------------------------------------------------
-// Each row has a mark for each consumer that has not got it as it is now, each bucket a log of what was deleted, with a place
+// Each row has a mark for each consumer that has not got it as it is now, each stripe a log of what was deleted, with a place
 // in it for each consumer. Whoever is new, or was overtaken by the log, starts over: all rows are marked.
 
 int Table::consumer_of(const std::string& name) const {
@@ -539,9 +518,9 @@ bool Table::untrack(const std::string& consumer) {
   consumers_[c].clear();
   shape_.followers &= ~(1u << c);
   if (shape_.followers != 0) return true;
-  for (Bucket& bucket : buckets_) {
-    bucket.deleted_start += bucket.deleted.size();
-    std::vector<int64_t>().swap(bucket.deleted);
+  for (Stripe& stripe : stripes_) {
+    stripe.deleted_start += stripe.deleted.size();
+    std::vector<int64_t>().swap(stripe.deleted);
   }
   return true;
 }
@@ -562,43 +541,44 @@ bool Table::changes(const std::string& consumer, int64_t limit, Changes* changes
 bool Table::follow(int c, int64_t limit, Changes* changes) {
   const uint32_t mark = 1u << c;
   Progress& progress = progress_[c];
-  for (const Bucket& bucket : buckets_) progress.restart |= bucket.read_to[c] < bucket.deleted_start;
+  for (const Stripe& stripe : stripes_) progress.restart |= stripe.read_to[c] < stripe.deleted_start;
   changes->restart = progress.restart;
   changes->step = step_;
 
-  const auto take_deleted = [&](Bucket& bucket) {
-    const uint64_t end = bucket.deleted_start + bucket.deleted.size();
+  const auto take_deleted = [&](Stripe& stripe) {
+    const uint64_t end = stripe.deleted_start + stripe.deleted.size();
     if (!changes->restart) {
-      changes->deleted.insert(changes->deleted.end(), bucket.deleted.end() - static_cast<int64_t>(end - bucket.read_to[c]), bucket.deleted.end());
+      changes->deleted.insert(changes->deleted.end(), stripe.deleted.end() - static_cast<int64_t>(end - stripe.read_to[c]), stripe.deleted.end());
     }
-    bucket.read_to[c] = end;
+    stripe.read_to[c] = end;
     uint64_t all = end;
     for (int other = 0; other < kConsumersMax; other++) {
-      if (shape_.followers >> other & 1 && !progress_[other].restart) all = std::min(all, bucket.read_to[other]);
+      if (shape_.followers >> other & 1 && !progress_[other].restart) all = std::min(all, stripe.read_to[other]);
     }
     if (all == end) {
-      bucket.deleted.clear();
-      bucket.deleted_start = end;
+      stripe.deleted.clear();
+      stripe.deleted_start = end;
     }
   };
-  // Deletions of all buckets, whatever the limit: so whoever follows never holds a row that is not here, nor more than fit.
-  for (Bucket& bucket : buckets_) {
+  // Deletions of all stripes, whatever the limit: so whoever follows never holds a row that is not here, nor more than fit.
+  for (Stripe& stripe : stripes_) {
     if (progress.restart) {
-      for (uint32_t n = 0; n < bucket.used(); n++) bucket.row(n)->marks |= mark;
-      for (uint32_t u = 0; u < bucket.units(); u++) bucket.unit(u).all |= static_cast<uint8_t>(mark);
+      for (uint32_t n = 0; n < stripe.used(); n++) stripe.row(n)->marks |= mark;
+      for (uint32_t u = 0; u < stripe.units(); u++) stripe.unit(u).all |= static_cast<uint8_t>(mark);
     }
-    take_deleted(bucket);
+    take_deleted(stripe);
   }
 
   const Progress begin = progress;
   progress = {true, 0, 0};  // should this fail, what was taken is lost
-  for (int i = 0; i < kBuckets + (begin.row > 0) && !changes->more; i++) {  // the first one's beginning comes last
-    const int b = (begin.bucket + i) % kBuckets;
-    Bucket& bucket = buckets_[static_cast<size_t>(b)];
-    expire(b, b + 1);
-    if (!changes->restart && bucket.read_to[c] < bucket.deleted_start) return false;
-    take_deleted(bucket);
-    const int64_t end = changes_of(bucket, mark, i == 0 ? begin.row : 0, limit, &changes->written);
+  for (int i = 0; i < settings_.stripes + (begin.row > 0) && !changes->more; i++) {  // the first one's beginning comes last
+    const int b = (begin.stripe + i) % settings_.stripes;
+    Stripe& stripe = stripes_[static_cast<size_t>(b)];
+    expire(stripe, 0, stripe.used());
+    if (disk_ != nullptr) expire_spilled(stripe);
+    if (!changes->restart && stripe.read_to[c] < stripe.deleted_start) return false;
+    take_deleted(stripe);
+    const int64_t end = changes_of(stripe, mark, i == 0 ? begin.row : 0, limit, &changes->written);
     if (end < 0) continue;
     progress = {true, b, end};
     changes->more = true;
@@ -608,15 +588,15 @@ bool Table::follow(int c, int64_t limit, Changes* changes) {
 }
 
 // Takes the rows that are marked, and takes the mark from them.
-int64_t Table::changes_of(Bucket& bucket, uint32_t mark, int64_t from, int64_t limit, Rows* to) {
-  for (int64_t n = from; n < bucket.used(); n++) {
-    Header* row = bucket.row(static_cast<uint32_t>(n));
+int64_t Table::changes_of(Stripe& stripe, uint32_t mark, int64_t from, int64_t limit, Rows* to) {
+  for (int64_t n = from; n < stripe.used(); n++) {
+    Header* row = stripe.row(static_cast<uint32_t>(n));
     if (row->is_free() || !(row->marks & mark)) continue;
     if (static_cast<int64_t>(to->ids.size()) >= limit) return n;
     row->marks &= ~mark;
     copy_row(*row, row->values(), width(), to);
   }
-  const bool is_all = disk_ == nullptr || changes_spilled(bucket, mark, limit, to);
+  const bool is_all = disk_ == nullptr || changes_spilled(stripe, mark, limit, to);
   return is_all ? -1 : static_cast<int64_t>(shape_.spill_base);
 }
 

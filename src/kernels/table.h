@@ -1,4 +1,4 @@
-// A table: 256 buckets, worked on by threads; the row policy; the delta stream.
+// A table: stripes, worked on by threads; the row policy; the delta stream.
 #pragma once
 
 #include <algorithm>
@@ -13,10 +13,9 @@
 #include <thread>
 #include <vector>
 
-#include "bucket.h"
+#include "stripe.h"
 #include "disk.h"
 #include "rows.h"
-#include "slabs.h"
 
 namespace headwater {
 
@@ -35,7 +34,8 @@ struct TableSettings {
   Victim victim;
   bool spills;
   std::string spill_folder;
-  int first_bucket, bucket_limit;
+  int first_bucket, bucket_limit;  // whose ids live here
+  int stripes;  // a power of two
   int threads;
   const RowLevel* level;
 };
@@ -111,9 +111,12 @@ class Table {
   // Brings step and clock up to what the caller says; neither ever goes back. Whoever brings a later step holds the lock alone.
   // Returns the clock: steps or seconds.
   uint32_t advance(int64_t step, int64_t now);
+  // By bits of the hash that nothing else looks at.
+  int stripe_of(uint64_t hash) const { return static_cast<int>(hash) & (settings_.stripes - 1); }
+  const Stripe& stripe_at(uint64_t hash) const { return stripes_[static_cast<size_t>(stripe_of(hash))]; }
   uint64_t key_of(uint64_t hash) const { return mix64(hash ^ start_.seed); }
 
-  int64_t set_shape(int64_t budget);
+  void set_limits(int64_t budget);
   void plan_budget();
   int64_t fixed_bytes() const;
   // That are brought in at a time ahead of their use.
@@ -128,39 +131,39 @@ class Table {
   LookedUp look_up(const int64_t* ids, int64_t count, const uint32_t* numbers, int64_t bytes, Use use) const;
   template <bool prefetch>
   LookedUp pull_all(const int64_t* ids, int64_t count, float* out, uint32_t* numbers, bool touch, uint32_t clock) const;
-  Found obtain(Bucket& bucket, int64_t id, const Bucket::Sight& sight, uint32_t clock, bool admit, bool* is_new);
+  Found obtain(Stripe& stripe, int64_t id, const Stripe::Sight& sight, uint32_t clock, bool admit, bool* is_new);
   void put_part(const int64_t* ids, int64_t count, const float* rows, const float* counts, const int64_t* last_seen, uint32_t clock);
   template <class Visit>
   void visit(const int64_t* ids, int64_t count, const int64_t* some, const float* data, int64_t width, Visit visit);
   static void copy_row(const Header& header, const float* values, int64_t width, Rows* to);
-  int64_t expire(int first, int limit);
+  int64_t expire(Stripe& stripe, uint32_t first, uint32_t limit);
   int consumer_of(const std::string& name) const;
   bool follow(int consumer, int64_t limit, Changes* changes);
-  int64_t changes_of(Bucket& bucket, uint32_t mark, int64_t from, int64_t limit, Rows* to);  // -1, or where it ended at the limit
+  int64_t changes_of(Stripe& stripe, uint32_t mark, int64_t from, int64_t limit, Rows* to);  // -1, or where it ended at the limit
 
   // ---- spilling (table_spill.cpp) ----
   struct Need;
   struct Want;
   struct Wants;
-  Bucket& bucket_at(uint64_t hash) { return buckets_[static_cast<size_t>(bucket_of(hash))]; }
+  Stripe& stripe_at(uint64_t hash) { return stripes_[static_cast<size_t>(stripe_of(hash))]; }
   // Spills rows until there is room. When that fails, nothing has changed but where rows lie.
   void make_room(const std::vector<Need>& needs);
   // Brings rows of ids that are about to be written into memory, with room for those that will be new.
   void gather(const int64_t* ids, int64_t count, bool admit);
-  // How many of the ids, from the first on, can be brought in together: pages come by bucket, so one may get them all.
+  // How many of the ids, from the first on, can be brought in together: pages come by stripe, so one may get them all.
   int64_t fitting(const int64_t* ids, int64_t count);
   void unpin(const int64_t* ids, int64_t count);
   int64_t pull_spilled(const int64_t* ids, const std::vector<int64_t>& which, float* out, bool touch, uint32_t clock);
   int64_t erase_spilled(const int64_t* ids, int64_t count);
-  int64_t expire_spilled(int first, int limit);
-  bool export_spilled(int64_t bucket, int64_t from, int64_t limit, Rows* to);  // false: the limit is reached
-  bool changes_spilled(Bucket& bucket, uint32_t mark, int64_t limit, Rows* to);  // likewise
+  int64_t expire_spilled(Stripe& stripe);
+  bool export_spilled(int64_t stripe, int64_t from, int64_t limit, Rows* to);  // false: the limit is reached
+  bool changes_spilled(Stripe& stripe, uint32_t mark, int64_t limit, Rows* to);  // likewise
   // Reads the units of wants, and calls take(want, stored row) for each whose id is at its place.
   template <class Take>
   void read_wanted(const Wants& wants, Take take);
   std::vector<uint32_t> files_of(const Wants& wants) const;
   // Reads units and calls take(index, buffer) for each as it comes.
-  void read_units(const std::vector<std::pair<Bucket*, uint32_t>>& units, const std::function<void(int64_t, const char*)>& take);
+  void read_units(const std::vector<std::pair<Stripe*, uint32_t>>& units, const std::function<void(int64_t, const char*)>& take);
   void give_unit(uint32_t file) { if (file != kNone) disk_->give(file); }
   void warm();
   void warm_batch(const std::vector<int64_t>& ids);
@@ -169,19 +172,19 @@ class Table {
   Start start_;
   StepRow step_row_;
   Shape shape_ = {};
-  std::unique_ptr<Slabs> slabs_;
-  std::vector<Bucket> buckets_;  // all 256; those that live elsewhere stay empty
+  std::vector<Stripe> stripes_;
 
   std::shared_mutex lock_;  // whoever changes rows holds it alone
   std::atomic<int64_t> step_{0};
   uint64_t period_ = 0;  // that counts are up to date with
   std::atomic<uint32_t> clock_{0};
   std::atomic<int64_t> hits_{0}, misses_{0};
-  int sweep_next_ = 0;  // bucket
+  int sweep_stripe_ = 0;   // where the next sweep goes on
+  uint32_t sweep_row_ = 0;
   std::string consumers_[kConsumersMax];  // by bit of `marks`; empty: free
   struct Progress {
     bool restart = false;
-    int bucket = 0;        // where the next call goes on
+    int stripe = 0;        // where the next call goes on
     int64_t row = 0;
   } progress_[kConsumersMax];
 

@@ -229,7 +229,7 @@ class PyTable {
  public:
   PyTable(int64_t dim, const std::string& optimizer, const std::vector<double>& initial_slots, nb::int_ seed, const std::string& initial,
           double scale, int64_t admit_after, int64_t expire_steps, double expire_s, double decay, int64_t budget_bytes,
-          const std::string& when_full, const std::string& evict, const std::string& spill_folder, std::pair<int, int> buckets, int threads, const std::string& level)
+          const std::string& when_full, const std::string& evict, const std::string& spill_folder, std::pair<int, int> buckets, int stripes, int threads, const std::string& level)
       : rule_(rule_of(optimizer)) {
     TableSettings s = {};
     within("dim", static_cast<double>(dim), 1, kDimMax);
@@ -268,6 +268,10 @@ class PyTable {
     }
     s.first_bucket = buckets.first;
     s.bucket_limit = buckets.second;
+    if (stripes < 1 || stripes > kStripesMax || (stripes & (stripes - 1)) != 0) {
+      refuse("Expected stripes to be a power of two up to " + text(kStripesMax) + ", got " + text(stripes) + ".");
+    }
+    s.stripes = stripes;
     s.threads = threads_of(threads);
     s.level = level_of(level).rows;
     table_ = std::make_unique<Table>(s);
@@ -457,12 +461,12 @@ void add_tables(nb::module_& m) {
 
   nb::class_<PyTable>(m, "Table")
       .def(nb::init<int64_t, const std::string&, const std::vector<double>&, nb::int_, const std::string&, double, int64_t, int64_t,
-                    double, double, int64_t, const std::string&, const std::string&, const std::string&, std::pair<int, int>, int,
+                    double, double, int64_t, const std::string&, const std::string&, const std::string&, std::pair<int, int>, int, int,
                     const std::string&>(),
            "dim"_a, "optimizer"_a, "initial_slots"_a, nb::kw_only(), "seed"_a = nb::int_(0), "initial"_a = "uniform", "scale"_a = 0.0,
            "admit_after"_a = 1, "expire_steps"_a = 0, "expire_s"_a = 0.0, "decay"_a = 1.0, "budget_bytes"_a = 0, "when_full"_a = "evict",
            "evict"_a = "lru", "spill_folder"_a = "",
-           "buckets"_a = std::pair<int, int>(0, kBuckets), "threads"_a = 1, "level"_a = "auto")
+           "buckets"_a = std::pair<int, int>(0, kBuckets), "stripes"_a = kStripesMax, "threads"_a = 1, "level"_a = "auto")
       .def("pull", &PyTable::pull, "ids"_a, "out"_a, nb::kw_only(), "touch"_a, "now"_a, "numbers"_a = nb::none(),
            "prefetch"_a = true)
       .def("push", &PyTable::push, "ids"_a, "gradients"_a, "scalars"_a, nb::kw_only(), "step"_a, "now"_a, "numbers"_a = nb::none())

@@ -10,20 +10,20 @@
 namespace headwater {
 namespace {
 
-constexpr size_t kPagesAtOnce = 512;   // written side by side, over all buckets
+constexpr size_t kPagesAtOnce = 512;   // written side by side, over all stripes
 constexpr int64_t kRoundIds = 2048;    // looked up before room is made for what was found
 constexpr size_t kBatchesMax = 4;      // that wait to be brought in; then the oldest is forgotten
 
 }  // namespace
 
 struct Table::Need {
-  Bucket* bucket;
+  Stripe* stripe;
   int64_t rows;     // that come into memory
   int64_t entries;  // of them new to the index
 };
 
 struct Table::Want {
-  Bucket* bucket;
+  Stripe* stripe;
   uint32_t number;      // of the row on disk
   uint32_t generation;  // of its unit
   int64_t index;        // of the id
@@ -39,16 +39,16 @@ struct Table::Wants {
   size_t end(int64_t unit) const { return ends[static_cast<size_t>(unit)]; }
 
   // The rows that ids[index] may have on disk. Returns how many.
-  int64_t add(Bucket& bucket, uint64_t hash, int64_t index) {
+  int64_t add(Stripe& stripe, uint64_t hash, int64_t index) {
     const size_t before = all.size();
-    bucket.each_spilled(hash, [&](uint32_t number) { all.push_back({&bucket, number, bucket.unit_of(number).generation, index}); });
+    stripe.each_spilled(hash, [&](uint32_t number) { all.push_back({&stripe, number, stripe.unit_of(number).generation, index}); });
     return static_cast<int64_t>(all.size() - before);
   }
 
   void sort(int64_t unit_rows, uint32_t base) {
-    const auto unit_of = [&](const Want& want) { return std::pair(want.bucket, (want.number - base) / unit_rows); };
+    const auto unit_of = [&](const Want& want) { return std::pair(want.stripe, (want.number - base) / unit_rows); };
     std::sort(all.begin(), all.end(), [](const Want& a, const Want& b) {
-      return std::tuple(a.bucket, a.number, a.index) < std::tuple(b.bucket, b.number, b.index);
+      return std::tuple(a.stripe, a.number, a.index) < std::tuple(b.stripe, b.number, b.index);
     });
     ends.clear();
     for (size_t i = 0; i < all.size(); i++) {
@@ -64,7 +64,7 @@ void Table::read_wanted(const Wants& wants, Take take) {
   disk_->read(files_of(wants), [&](int64_t i, const char* buffer) {
     for (size_t w = wants.begin(i); w < wants.end(i); w++) {
       const Want& want = wants.all[w];
-      const Header* stored = reinterpret_cast<const Header*>(buffer + want.bucket->place_of(want.number) * shape_.row_bytes);
+      const Header* stored = reinterpret_cast<const Header*>(buffer + want.stripe->place_of(want.number) * shape_.row_bytes);
       if (stored->id == wants.ids[want.index]) take(want, stored);
     }
   });
@@ -72,13 +72,13 @@ void Table::read_wanted(const Wants& wants, Take take) {
 
 std::vector<uint32_t> Table::files_of(const Wants& wants) const {
   std::vector<uint32_t> files;
-  for (size_t end : wants.ends) files.push_back(wants.all[end - 1].bucket->unit_of(wants.all[end - 1].number).file);
+  for (size_t end : wants.ends) files.push_back(wants.all[end - 1].stripe->unit_of(wants.all[end - 1].number).file);
   return files;
 }
 
-void Table::read_units(const std::vector<std::pair<Bucket*, uint32_t>>& units, const std::function<void(int64_t, const char*)>& take) {
+void Table::read_units(const std::vector<std::pair<Stripe*, uint32_t>>& units, const std::function<void(int64_t, const char*)>& take) {
   std::vector<uint32_t> files;
-  for (const auto& [bucket, unit] : units) files.push_back(bucket->unit(unit).file);
+  for (const auto& [stripe, unit] : units) files.push_back(stripe->unit(unit).file);
   disk_->read(files, take);
 }
 
@@ -93,7 +93,7 @@ int64_t Table::pull_spilled(const int64_t* ids, const std::vector<int64_t>& whic
     Wants wants{ids, {}, {}};
     for (int64_t i : indexes) {
       const uint64_t hash = hash_of(ids[i]);
-      wants.add(bucket_at(hash), hash, i);
+      wants.add(stripe_at(hash), hash, i);
     }
     wants.sort(shape_.unit_rows, shape_.spill_base);
     return wants;
@@ -107,35 +107,35 @@ int64_t Table::pull_spilled(const int64_t* ids, const std::vector<int64_t>& whic
 
   for (size_t next = 0; next < which.size();) {
     std::vector<int64_t> round;
-    int64_t rows[kBuckets] = {};
+    int64_t rows[kStripesMax] = {};
     for (bool is_enough = false; next < which.size() && static_cast<int64_t>(round.size()) < kRoundIds && !is_enough; next++) {
       const int64_t i = which[next];
       const uint64_t hash = hash_of(ids[i]);
-      Bucket& bucket = bucket_at(hash);
+      Stripe& stripe = stripe_at(hash);
       // A repeated id may be in memory since an earlier round; it is taken now, for making room may drive it out again.
-      const Found found = bucket.find(hash, ids[i]);
+      const Found found = stripe.find(hash, ids[i]);
       if (found.row != nullptr) {
         std::copy(found.row->values(), found.row->values() + settings_.dim, out + i * settings_.dim);
         hits++;
         continue;
       }
       round.push_back(i);
-      int64_t& more = rows[bucket_of(hash)];
-      bucket.each_spilled(hash, [&](uint32_t) { more++; });
-      is_enough = more > bucket.rows() / 4;
+      int64_t& more = rows[stripe_of(hash)];
+      stripe.each_spilled(hash, [&](uint32_t) { more++; });
+      is_enough = more > stripe.rows() / 4;
     }
     std::vector<Need> needs;
-    for (int b = 0; b < kBuckets; b++) {
-      if (rows[b] > 0) needs.push_back({&buckets_[static_cast<size_t>(b)], rows[b], 0});
+    for (int b = 0; b < settings_.stripes; b++) {
+      if (rows[b] > 0) needs.push_back({&stripes_[static_cast<size_t>(b)], rows[b], 0});
     }
     make_room(needs);
     read_wanted(sorted_wants(round), [&](const Want& want, const Header* stored) {
       if (has_expired(stored->last, clock)) return;
       copy_out(want, stored);
       const uint64_t hash = hash_of(stored->id);
-      if (want.bucket->find(hash, stored->id).row != nullptr) return;  // a repeated id
+      if (want.stripe->find(hash, stored->id).row != nullptr) return;  // a repeated id
       Found found;
-      give_unit(want.bucket->bring_in(want.number, stored, want.bucket->header_now(want.number, stored, settings_.decay).marks, &found));
+      give_unit(want.stripe->bring_in(want.number, stored, want.stripe->header_now(want.number, stored, settings_.decay).marks, &found));
       found.row->last = std::max(found.row->last, clock);
     });
   }
@@ -146,18 +146,18 @@ int64_t Table::pull_spilled(const int64_t* ids, const std::vector<int64_t>& whic
 
 void Table::make_room(const std::vector<Need>& needs) {
   for (;;) {
-    std::vector<std::pair<Bucket*, Page>> pages;
+    std::vector<std::pair<Stripe*, Page>> pages;
     const auto drop_all = [&] {
-      for (auto& [bucket, page] : pages) {
-        bucket->drop_page(page);
+      for (auto& [stripe, page] : pages) {
+        stripe->drop_page(page);
         give_unit(page.file);
       }
     };
     try {
       for (const Need& need : needs) {
-        int64_t over = need.bucket->rows_over(need.rows, need.entries);
+        int64_t over = need.stripe->rows_over(need.rows, need.entries);
         for (int64_t i = 0; i < kPagesAhead && over > 0 && pages.size() < kPagesAtOnce; i++) {
-          Page page = need.bucket->choose_page(over);
+          Page page = need.stripe->choose_page(over);
           if (page.rows.empty()) {
             if (i > 0) break;  // those of before had better be gone first
             throw std::invalid_argument("Expected fewer rows at once than a budget of " + std::to_string(settings_.budget_bytes) +
@@ -165,47 +165,47 @@ void Table::make_room(const std::vector<Need>& needs) {
           }
           over -= static_cast<int64_t>(page.rows.size());
           page.file = kNone;
-          pages.emplace_back(need.bucket, std::move(page));
+          pages.emplace_back(need.stripe, std::move(page));
           pages.back().second.file = disk_->take();
         }
       }
       if (pages.empty()) break;
       disk_->run(static_cast<int64_t>(pages.size()), [&](int64_t i, int stage, char* buffer) -> std::optional<Disk::Step> {
-        const auto& [bucket, page] = pages[static_cast<size_t>(i)];
+        const auto& [stripe, page] = pages[static_cast<size_t>(i)];
         const int reads = page.moved != kNone;
-        if (stage < reads) return Disk::Step{false, bucket->unit(page.moved).file};
+        if (stage < reads) return Disk::Step{false, stripe->unit(page.moved).file};
         if (stage > reads) return std::nullopt;
-        bucket->fill_page(page, buffer, buffer);
+        stripe->fill_page(page, buffer, buffer);
         return Disk::Step{true, page.file};
       });
     } catch (...) {
       drop_all();
       throw;
     }
-    std::vector<Bucket*> settled;
+    std::vector<Stripe*> settled;
     while (!pages.empty()) {
-      auto& [bucket, page] = pages.back();
+      auto& [stripe, page] = pages.back();
       try {
-        give_unit(bucket->settle_page(page));
+        give_unit(stripe->settle_page(page));
       } catch (...) {
         drop_all();
         throw;
       }
-      if (settled.empty() || settled.back() != bucket) settled.push_back(bucket);
+      if (settled.empty() || settled.back() != stripe) settled.push_back(stripe);
       pages.pop_back();
     }
-    for (Bucket* bucket : settled) bucket->settle_room(0);  // not before: it moves rows
+    for (Stripe* stripe : settled) stripe->settle_room(0);  // not before: it moves rows
   }
-  for (const Need& need : needs) need.bucket->settle_room(need.entries);
+  for (const Need& need : needs) need.stripe->settle_room(need.entries);
 }
 
 int64_t Table::fitting(const int64_t* ids, int64_t count) {
-  int64_t taken[kBuckets] = {}, room[kBuckets] = {};
+  int64_t taken[kStripesMax] = {}, room[kStripesMax] = {};
   for (int64_t i = 0; i < count; i++) {
-    const int b = bucket_of(hash_of(ids[i]));
+    const int b = stripe_of(hash_of(ids[i]));
     if (taken[b] == 0) {
-      const Bucket& bucket = buckets_[static_cast<size_t>(b)];
-      for (room[b] = shape_.chunks_max << shape_.shift; room[b] > 1 && bucket.rows_over(room[b], room[b]) > bucket.rows();) room[b] /= 2;
+      const Stripe& stripe = stripes_[static_cast<size_t>(b)];
+      for (room[b] = shape_.rows_max; room[b] > 1 && stripe.rows_over(room[b], room[b]) > stripe.rows();) room[b] /= 2;
       room[b] = std::max<int64_t>(1, room[b] / 2);
     }
     if (++taken[b] > room[b]) return i;
@@ -216,28 +216,28 @@ int64_t Table::fitting(const int64_t* ids, int64_t count) {
 void Table::unpin(const int64_t* ids, int64_t count) {
   for (int64_t i = 0; i < count; i++) {
     const uint64_t hash = hash_of(ids[i]);
-    const Found found = bucket_at(hash).find(hash, ids[i]);
+    const Found found = stripe_at(hash).find(hash, ids[i]);
     if (found.row != nullptr) found.row->marks &= ~kPinned;
   }
 }
 
 void Table::gather(const int64_t* ids, int64_t count, bool admit) {
-  std::vector<Need> needs(kBuckets);
-  for (size_t b = 0; b < kBuckets; b++) needs[b] = {&buckets_[b], 0, 0};
+  std::vector<Need> needs(settings_.stripes);
+  for (size_t b = 0; b < stripes_.size(); b++) needs[b] = {&stripes_[b], 0, 0};
   Wants wants{ids, {}, {}};
   try {
     for (int64_t i = 0; i < count; i++) {
       const uint64_t hash = hash_of(ids[i]);
-      Bucket& bucket = bucket_at(hash);
-      Need& need = needs[static_cast<size_t>(bucket_of(hash))];
-      const Found found = bucket.find(hash, ids[i]);
+      Stripe& stripe = stripe_at(hash);
+      Need& need = needs[static_cast<size_t>(stripe_of(hash))];
+      const Found found = stripe.find(hash, ids[i]);
       if (found.row != nullptr) {
         found.row->marks |= kPinned;
         continue;
       }
       int64_t there = 0;
-      bucket.each_spilled(hash, [&](uint32_t) { there++; });
-      const bool is_refused = !admit && bucket.candidates.count(ids[i], hash) + kSighting < settings_.admit_after * kSighting;
+      stripe.each_spilled(hash, [&](uint32_t) { there++; });
+      const bool is_refused = !admit && stripe.candidates.count(ids[i], hash) + kSighting < settings_.admit_after * kSighting;
       if (there == 0 && is_refused) continue;
       need.rows += std::max<int64_t>(there, 1);
       need.entries++;  // even with a row on disk, for that may be another id's of the same hash
@@ -246,15 +246,15 @@ void Table::gather(const int64_t* ids, int64_t count, bool admit) {
     make_room(needs);
     for (int64_t i = 0; i < count; i++) {
       const uint64_t hash = hash_of(ids[i]);
-      Bucket& bucket = bucket_at(hash);
-      if (bucket.find(hash, ids[i]).row == nullptr) wants.add(bucket, hash, i);
+      Stripe& stripe = stripe_at(hash);
+      if (stripe.find(hash, ids[i]).row == nullptr) wants.add(stripe, hash, i);
     }
     wants.sort(shape_.unit_rows, shape_.spill_base);
     read_wanted(wants, [&](const Want& want, const Header* stored) {
-      if (want.bucket->find(hash_of(stored->id), stored->id).row != nullptr) return;  // a repeated id
+      if (want.stripe->find(hash_of(stored->id), stored->id).row != nullptr) return;  // a repeated id
       Found found;
-      const uint32_t marks = want.bucket->header_now(want.number, stored, settings_.decay).marks;
-      give_unit(want.bucket->bring_in(want.number, stored, marks | kPinned, &found));
+      const uint32_t marks = want.stripe->header_now(want.number, stored, settings_.decay).marks;
+      give_unit(want.stripe->bring_in(want.number, stored, marks | kPinned, &found));
     });
   } catch (...) {
     unpin(ids, count);
@@ -268,35 +268,33 @@ int64_t Table::erase_spilled(const int64_t* ids, int64_t count) {
   Wants wants{ids, {}, {}};
   for (int64_t i = 0; i < count; i++) {
     const uint64_t hash = hash_of(ids[i]);
-    wants.add(bucket_at(hash), hash, i);
+    wants.add(stripe_at(hash), hash, i);
   }
   wants.sort(shape_.unit_rows, shape_.spill_base);
   int64_t erased = 0;
   uint32_t last = kNone;  // an id may be repeated
-  const Bucket* where = nullptr;
+  const Stripe* where = nullptr;
   read_wanted(wants, [&](const Want& want, const Header* stored) {
-    if (want.number == last && want.bucket == where) return;
+    if (want.number == last && want.stripe == where) return;
     last = want.number;
-    where = want.bucket;
-    give_unit(want.bucket->remove_spilled(want.number, stored));
-    want.bucket->dropped++;
+    where = want.stripe;
+    give_unit(want.stripe->remove_spilled(want.number, stored));
+    want.stripe->dropped++;
     erased++;
   });
   return erased;
 }
 
-int64_t Table::expire_spilled(int first, int limit) {
-  std::vector<std::pair<Bucket*, uint32_t>> units;
-  for (int b = first; b < limit; b++) {
-    Bucket& bucket = buckets_[static_cast<size_t>(b)];
-    for (uint32_t u = 0; u < bucket.units(); u++) {
-      if (bucket.unit(u).live > 0 && has_expired(bucket.unit(u).oldest, clock_)) units.emplace_back(&bucket, u);
-    }
+int64_t Table::expire_spilled(Stripe& stripe) {
+  if (settings_.expire_after == 0) return 0;
+  std::vector<std::pair<Stripe*, uint32_t>> units;
+  for (uint32_t u = 0; u < stripe.units(); u++) {
+    if (stripe.unit(u).live > 0 && has_expired(stripe.unit(u).oldest, clock_)) units.emplace_back(&stripe, u);
   }
   int64_t expired = 0;
   read_units(units, [&](int64_t i, const char* buffer) {
-    const auto [bucket, u] = units[static_cast<size_t>(i)];
-    Unit& unit = bucket->unit(u);
+    const uint32_t u = units[static_cast<size_t>(i)].second;
+    Unit& unit = stripe.unit(u);
     uint32_t oldest = kNone;
     for (int64_t place = 0; place < shape_.unit_rows && unit.live > 0; place++) {
       if (unit.hashes[place] == 0) continue;
@@ -305,8 +303,8 @@ int64_t Table::expire_spilled(int first, int limit) {
         oldest = std::min(oldest, stored->last);
         continue;
       }
-      give_unit(bucket->remove_spilled(bucket->number_of(u, place), stored));
-      bucket->expired++;
+      give_unit(stripe.remove_spilled(stripe.number_of(u, place), stored));
+      stripe.expired++;
       expired++;
     }
     unit.oldest = oldest;
@@ -317,25 +315,25 @@ int64_t Table::expire_spilled(int first, int limit) {
 // ---- copies --------------------------------------------------------------------------------------------------
 
 bool Table::export_spilled(int64_t b, int64_t from, int64_t limit, Rows* to) {
-  Bucket& bucket = buckets_[static_cast<size_t>(b)];
+  Stripe& stripe = stripes_[static_cast<size_t>(b)];
   const int64_t begin = std::max<int64_t>(0, from - shape_.spill_base);
-  std::vector<std::pair<Bucket*, uint32_t>> units;
+  std::vector<std::pair<Stripe*, uint32_t>> units;
   int64_t rows = 0, u = begin / shape_.unit_rows;
-  for (; u < bucket.units() && static_cast<int64_t>(to->ids.size()) + rows <= limit + shape_.unit_rows; u++) {
-    if (bucket.unit(static_cast<uint32_t>(u)).live == 0) continue;
-    units.emplace_back(&bucket, static_cast<uint32_t>(u));
-    rows += bucket.unit(static_cast<uint32_t>(u)).live;
+  for (; u < stripe.units() && static_cast<int64_t>(to->ids.size()) + rows <= limit + shape_.unit_rows; u++) {
+    if (stripe.unit(static_cast<uint32_t>(u)).live == 0) continue;
+    units.emplace_back(&stripe, static_cast<uint32_t>(u));
+    rows += stripe.unit(static_cast<uint32_t>(u)).live;
   }
   std::vector<Rows> found(units.size());
   std::vector<std::vector<uint32_t>> numbers(units.size());
   read_units(units, [&](int64_t i, const char* buffer) {
     const uint32_t unit = units[static_cast<size_t>(i)].second;
     for (int64_t place = 0; place < shape_.unit_rows; place++) {
-      const uint32_t number = bucket.number_of(unit, place);
-      if (bucket.unit(unit).hashes[place] == 0 || number < from) continue;
+      const uint32_t number = stripe.number_of(unit, place);
+      if (stripe.unit(unit).hashes[place] == 0 || number < from) continue;
       const Header* stored = reinterpret_cast<const Header*>(buffer + place * shape_.row_bytes);
       if (has_expired(stored->last, clock_)) continue;
-      copy_row(bucket.header_now(number, stored, settings_.decay), reinterpret_cast<const float*>(stored + 1), width(),
+      copy_row(stripe.header_now(number, stored, settings_.decay), reinterpret_cast<const float*>(stored + 1), width(),
                &found[static_cast<size_t>(i)]);
       numbers[static_cast<size_t>(i)].push_back(number);
     }
@@ -354,33 +352,33 @@ bool Table::export_spilled(int64_t b, int64_t from, int64_t limit, Rows* to) {
       return false;
     }
   }
-  if (u < bucket.units()) {
-    to->next = b << 32 | bucket.number_of(static_cast<uint32_t>(u), 0);
+  if (u < stripe.units()) {
+    to->next = b << 32 | stripe.number_of(static_cast<uint32_t>(u), 0);
     return false;
   }
   return true;
 }
 
-bool Table::changes_spilled(Bucket& bucket, uint32_t mark, int64_t limit, Rows* to) {
+bool Table::changes_spilled(Stripe& stripe, uint32_t mark, int64_t limit, Rows* to) {
   int64_t rows = static_cast<int64_t>(to->ids.size());
   bool is_all = true;
-  std::vector<std::pair<Bucket*, uint32_t>> units;
-  for (uint32_t u = 0; u < bucket.units() && is_all; u++) {
-    if (bucket.unit(u).live == 0 || !((bucket.unit(u).some | bucket.unit(u).all) & mark)) continue;
+  std::vector<std::pair<Stripe*, uint32_t>> units;
+  for (uint32_t u = 0; u < stripe.units() && is_all; u++) {
+    if (stripe.unit(u).live == 0 || !((stripe.unit(u).some | stripe.unit(u).all) & mark)) continue;
     is_all = rows < limit;
-    if (is_all) units.emplace_back(&bucket, u);
-    rows += bucket.unit(u).live;
+    if (is_all) units.emplace_back(&stripe, u);
+    rows += stripe.unit(u).live;
   }
   read_units(units, [&](int64_t i, const char* buffer) {
     const uint32_t unit = units[static_cast<size_t>(i)].second;
     for (int64_t place = 0; place < shape_.unit_rows; place++) {
-      if (bucket.unit(unit).hashes[place] == 0) continue;
+      if (stripe.unit(unit).hashes[place] == 0) continue;
       const Header* stored = reinterpret_cast<const Header*>(buffer + place * shape_.row_bytes);
-      const Header now = bucket.header_now(bucket.number_of(unit, place), stored, settings_.decay);
+      const Header now = stripe.header_now(stripe.number_of(unit, place), stored, settings_.decay);
       if (now.marks & mark) copy_row(now, reinterpret_cast<const float*>(stored + 1), width(), to);
     }
   });
-  for (const auto& [where, unit] : units) bucket.unit(unit).unmark(mark);
+  for (const auto& [where, unit] : units) stripe.unit(unit).unmark(mark);
   return is_all;
 }
 
@@ -435,23 +433,23 @@ void Table::warm_batch(const std::vector<int64_t>& ids) {
     std::vector<uint32_t> files;
     {
       std::unique_lock<std::shared_mutex> hold(lock_);
-      int64_t rows[kBuckets] = {};
+      int64_t rows[kStripesMax] = {};
       bool is_enough = false;
       const size_t begin = first;
       int64_t sum = 0;
       for (; first < ids.size() && sum < warm_rows() && !is_enough; first++) {
         const uint64_t hash = hash_of(ids[first]);
-        Bucket& bucket = bucket_at(hash);
-        int64_t& more = rows[bucket_of(hash)];
-        bucket.each_spilled(hash, [&](uint32_t) { more++, sum++; });
-        is_enough = more > bucket.rows() / 4;
+        Stripe& stripe = stripe_at(hash);
+        int64_t& more = rows[stripe_of(hash)];
+        stripe.each_spilled(hash, [&](uint32_t) { more++, sum++; });
+        is_enough = more > stripe.rows() / 4;
       }
       std::vector<Need> needs;
-      for (int b = 0; b < kBuckets; b++) {
-        if (rows[b] > 0) needs.push_back({&buckets_[static_cast<size_t>(b)], rows[b], 0});
+      for (int b = 0; b < settings_.stripes; b++) {
+        if (rows[b] > 0) needs.push_back({&stripes_[static_cast<size_t>(b)], rows[b], 0});
       }
       make_room(needs);
-      for (size_t i = begin; i < first; i++) wants.add(bucket_at(hash_of(ids[i])), hash_of(ids[i]), static_cast<int64_t>(i));
+      for (size_t i = begin; i < first; i++) wants.add(stripe_at(hash_of(ids[i])), hash_of(ids[i]), static_cast<int64_t>(i));
       wants.sort(shape_.unit_rows, shape_.spill_base);
       files = files_of(wants);
     }
@@ -464,13 +462,13 @@ void Table::warm_batch(const std::vector<int64_t>& ids) {
     });
     std::unique_lock<std::shared_mutex> hold(lock_);
     for (size_t w = 0; w < wants.all.size(); w++) {
-      const auto& [bucket, number, generation, index] = wants.all[w];
+      const auto& [stripe, number, generation, index] = wants.all[w];
       const Header* row = reinterpret_cast<const Header*>(stored.data() + w * row_bytes);
-      const Unit& unit = bucket->unit_of(number);
-      const bool is_there = unit.live > 0 && unit.generation == generation && unit.hashes[bucket->place_of(number)] != 0;
-      if (!is_there || row->id != ids[static_cast<size_t>(index)] || bucket->rows_over(1, 0) > 0) continue;
+      const Unit& unit = stripe->unit_of(number);
+      const bool is_there = unit.live > 0 && unit.generation == generation && unit.hashes[stripe->place_of(number)] != 0;
+      if (!is_there || row->id != ids[static_cast<size_t>(index)] || stripe->rows_over(1, 0) > 0) continue;
       Found found;
-      give_unit(bucket->bring_in(number, row, bucket->header_now(number, row, settings_.decay).marks | kWarm, &found));
+      give_unit(stripe->bring_in(number, row, stripe->header_now(number, row, settings_.decay).marks | kWarm, &found));
     }
   }
 }

@@ -1,4 +1,6 @@
-#include "bucket.h"
+#include "stripe.h"
+
+#include <sys/sysinfo.h>
 
 #include <algorithm>
 #include <cmath>
@@ -8,7 +10,9 @@
 namespace headwater {
 namespace {
 
-constexpr int64_t kDeletedMin = 1024;  // ids
+constexpr int64_t kDeletedMin = 4096;  // ids
+constexpr int64_t kGrowMin = 16 << 10;  // bytes
+constexpr int64_t kGrowPart = 32;       // rows grow by this part: so little is in use by nobody
 constexpr size_t kNeighbours = 8;
 constexpr uint32_t kRowsAhead = 4;
 
@@ -93,9 +97,8 @@ void Candidates::decay(double factor, uint64_t times) {
 
 // ---- index ---------------------------------------------------------------------------------------------------
 
-void Bucket::init(const Shape* shape, Slabs* slabs, int number) {
+void Stripe::init(const Shape* shape, int number) {
   shape_ = shape;
-  slabs_ = slabs;
   number_ = number;
   lines_.reset(static_cast<Line*>(std::aligned_alloc(sizeof(Line), sizeof(Line))));
   if (lines_ == nullptr) throw std::bad_alloc();
@@ -103,7 +106,7 @@ void Bucket::init(const Shape* shape, Slabs* slabs, int number) {
   line_count_ = 1;
 }
 
-void Bucket::add_to_index(uint32_t hash, uint32_t number) {
+void Stripe::add_to_index(uint32_t hash, uint32_t number) {
   for (int64_t at = home(hash);; at = next(at)) {
     Line& line = lines_[at];
     for (uint32_t& slot : line.slots) {
@@ -116,7 +119,7 @@ void Bucket::add_to_index(uint32_t hash, uint32_t number) {
 }
 
 // Where a number is. passes: it is going, so those that it has passed need not count it any longer.
-uint32_t* Bucket::slot_of(uint32_t hash, uint32_t number, bool passes) {
+uint32_t* Stripe::slot_of(uint32_t hash, uint32_t number, bool passes) {
   const uint32_t wanted = tag_of(hash) | number;
   for (int64_t at = home(hash);; at = next(at)) {
     Line& line = lines_[at];
@@ -127,19 +130,19 @@ uint32_t* Bucket::slot_of(uint32_t hash, uint32_t number, bool passes) {
   }
 }
 
-int64_t Bucket::lines_for(int64_t entries) const {
+int64_t Stripe::lines_for(int64_t entries) const {
   // With rows on disk most of a budget is the index, so it grows by less; making it anew is little beside what the disk takes.
   const int64_t part = shape_->spill_base == kNone ? 4 : 16;
   int64_t lines = line_count_;
   while (entries > lines * kLineRows) {
     const int64_t more = lines + lines / part + 1;
-    // Buckets set out from different sizes, so that they do not all grow in the same push, nor are all nearly empty after it.
+    // Stripes set out from different sizes, so that they do not all grow in the same push, nor are all nearly empty after it.
     lines = lines < 64 && more >= 64 ? 64 + number_ % 16 : more;
   }
   return lines;
 }
 
-bool Bucket::grow_index() {
+bool Stripe::grow_index() {
   const int64_t lines = std::min(lines_for(entries() + 1), shape_->lines_max);
   if (lines <= line_count_ || charged() + (lines - line_count_) * static_cast<int64_t>(sizeof(Line)) > shape_->quota) return false;
   make_index(lines);
@@ -147,7 +150,7 @@ bool Bucket::grow_index() {
 }
 
 // Made anew from the rows. The old one is kept until then, unless both are more than the quota.
-void Bucket::make_index(int64_t lines) {
+void Stripe::make_index(int64_t lines) {
   const int64_t bytes = lines * static_cast<int64_t>(sizeof(Line));
   if (charged() + bytes > shape_->quota) lines_.reset();
   Line* fresh = static_cast<Line*>(std::aligned_alloc(sizeof(Line), static_cast<size_t>(bytes)));
@@ -180,36 +183,48 @@ void Bucket::make_index(int64_t lines) {
 
 // ---- rows ----------------------------------------------------------------------------------------------------
 
-int64_t Bucket::bytes() const {
-  return line_count_ * static_cast<int64_t>(sizeof(Line)) + static_cast<int64_t>(chunks_.capacity() * sizeof(char*)) +
-         static_cast<int64_t>(deleted.capacity() * sizeof(int64_t)) + candidates.bytes() + units_bytes();
+int64_t Stripe::bytes() const {
+  return charged() + static_cast<int64_t>(deleted.capacity() * sizeof(int64_t)) + candidates.bytes();
 }
 
 // What counts against the quota.
-int64_t Bucket::charged() const {
-  return line_count_ * static_cast<int64_t>(sizeof(Line)) + static_cast<int64_t>(chunks_.capacity() * sizeof(char*)) +
-         static_cast<int64_t>(chunks_.size()) * shape_->chunk_cost + units_bytes();
+int64_t Stripe::charged() const {
+  return line_count_ * static_cast<int64_t>(sizeof(Line)) + range_.bytes() + units_bytes();
 }
 
-bool Bucket::grow_rows() {
-  const int64_t count = static_cast<int64_t>(chunks_.size());
-  if (count == shape_->chunks_max || (shape_->spill_base != kNone && charged() + shape_->chunk_cost > shape_->quota)) return false;
-  if ((count + 1) << shape_->shift > kRowsMax) {
-    throw std::length_error("Expected at most 8,388,608 rows in each of 256 buckets: use more servers or a budget.");
+// As many addresses as rows could ever need, or else twice the memory that there is, for all stripes together.
+void Stripe::reserve_rows() {
+  struct sysinfo system;
+  sysinfo(&system);
+  const int64_t memory = static_cast<int64_t>((system.totalram + system.totalswap) * system.mem_unit);
+  int64_t wanted = std::min(shape_->rows_max * shape_->row_bytes, std::max(2 * memory / shape_->stripes, shape_->row_bytes));
+  if (shape_->quota < INT64_MAX / 2) wanted = shape_->rows_max * shape_->row_bytes;
+  range_.reserve(wanted);
+  base_ = range_.start();
+}
+
+bool Stripe::grow_rows() {
+  if (capacity_ == shape_->rows_max) {
+    if (shape_->quota < INT64_MAX / 2) return false;
+    throw std::length_error("Expected at most 33,554,432 rows in each stripe of a table: use more servers or a budget.");
   }
-  if (shape_->chunks_max < kRowsMax) chunks_.reserve(static_cast<size_t>(shape_->chunks_max));  // no more than it needs
-  else chunks_.reserve(chunks_.size() + 1 > chunks_.capacity() ? chunks_.size() + chunks_.size() / 2 + 1 : chunks_.capacity());
-  chunks_.push_back(slabs_->take());
+  if (base_ == nullptr) reserve_rows();
+  const int64_t least = Range::whole_pages((capacity_ + 1) * shape_->row_bytes), room = shape_->quota - charged();
+  const int64_t wanted = range_.bytes() + std::max(kGrowMin, range_.bytes() / kGrowPart);
+  const int64_t most = std::min(range_.limit(), range_.bytes() + room / Range::kPage * Range::kPage);
+  if (shape_->spill_base != kNone && least > most) return false;
+  range_.grow(std::max(least, std::min(wanted, most)));
+  capacity_ = std::min(range_.bytes() / shape_->row_bytes, shape_->rows_max);
   return true;
 }
 
 // A macro's work: the compiler takes a function that only prefetches for one that does nothing.
-__attribute__((always_inline)) inline void Bucket::ask_for(const Header* row) const {
+__attribute__((always_inline)) inline void Stripe::ask_for(const Header* row) const {
   const char* start = reinterpret_cast<const char*>(row);
   for (int64_t at = 0; at < std::min(shape_->row_bytes, kRowBytesAhead); at += 64) __builtin_prefetch(start + at, 1);
 }
 
-void Bucket::draw_rows() {
+void Stripe::draw_rows() {
   for (int i = 0; i < kDraws; i += 2) {
     const uint64_t bits = mix64(shape_->seed ^ mix64((static_cast<uint64_t>(number_) << 56) + draws_++));
     drawn_[i] = static_cast<uint32_t>((bits & 0xffffffffu) * used_ >> 32);
@@ -218,13 +233,13 @@ void Bucket::draw_rows() {
   for (uint32_t number : drawn_) __builtin_prefetch(row(number));
 }
 
-uint64_t Bucket::worth(const Header* row) const {
+uint64_t Stripe::worth(const Header* row) const {
   const uint64_t last = row->last, count = row->count();
   return shape_->victim == Victim::lru ? last << 24 | count : count << 32 | last;
 }
 
 // The worst quarter of those that were drawn go next. Then others are drawn: they come from memory while these are used up.
-void Bucket::choose_victims() {
+void Stripe::choose_victims() {
   struct Key {
     uint64_t key;
     uint32_t number;
@@ -247,7 +262,7 @@ void Bucket::choose_victims() {
   draw_rows();
 }
 
-void Bucket::make_room() {
+void Stripe::make_room() {
   if (draws_ == 0) draw_rows();
   for (;;) {
     while (victim_count_ == 0) choose_victims();
@@ -260,8 +275,8 @@ void Bucket::make_room() {
   }
 }
 
-Found Bucket::insert(uint64_t hash, int64_t id, uint32_t clock) {
-  const bool has_row = free_ != kNone || used_ < chunks_.size() << shape_->shift || grow_rows();
+Found Stripe::insert(uint64_t hash, int64_t id, uint32_t clock) {
+  const bool has_row = free_ != kNone || used_ < capacity_ || grow_rows();
   const bool has_slot = entries() < line_count_ * kLineRows || grow_index();
   if ((!has_row || !has_slot) && shape_->spill_base != kNone) throw std::logic_error("Expected room for a row, which was made before.");
   if (!has_row || !has_slot) make_room();
@@ -277,14 +292,14 @@ Found Bucket::insert(uint64_t hash, int64_t id, uint32_t clock) {
   rows_++;
   // The rows that come next, for they are written soon and come from far away.
   const uint32_t ahead = used_ + kRowsAhead;
-  if (ahead < chunks_.size() << shape_->shift) ask_for(row(ahead));
+  if (ahead < capacity_) ask_for(row(ahead));
   found.row->id = id;
   found.row->last = clock;
   found.row->marks = 0;
   return found;
 }
 
-void Bucket::log_deleted(int64_t id) {
+void Stripe::log_deleted(int64_t id) {
   if (shape_->followers == 0) return;
   const int64_t limit = shape_->deleted_max >= 0 ? shape_->deleted_max : std::max(kDeletedMin, entries() / 8);
   if (static_cast<int64_t>(deleted.size()) >= limit) {
@@ -297,20 +312,20 @@ void Bucket::log_deleted(int64_t id) {
   else deleted_start++;
 }
 
-void Bucket::free_row(Found found) {
+void Stripe::free_row(Found found) {
   found.row->last = kNone;
   found.row->id = free_;
   free_ = found.number;
   rows_--;
 }
 
-void Bucket::remove(Found found) {
+void Stripe::remove(Found found) {
   log_deleted(found.row->id);
   remove_from_index(short_of(hash_of(found.row->id)), found.number);
   free_row(found);
 }
 
-void Bucket::decay(double factor, uint64_t period) {
+void Stripe::decay(double factor, uint64_t period) {
   if (factor < 1.0 && period > decayed_) {
     for (uint32_t n = 0; n < used_; n++) {
       Header* header = row(n);

@@ -1,25 +1,25 @@
-// A bucket's rows that lie on disk. Nothing here reads or writes the disk itself.
+// A stripe's rows that lie on disk. Nothing here reads or writes the disk itself.
 
 #include <algorithm>
 #include <new>
 #include <stdexcept>
 
-#include "bucket.h"
+#include "stripe.h"
 
 namespace headwater {
 namespace {
 
-constexpr int64_t kPlacesMax = 1 << 26;  // of a bucket
+constexpr int64_t kPlacesMax = 1 << 26;  // of a stripe
 constexpr int64_t kMallocBytes = 16;     // that malloc adds
 constexpr int kSparseDraws = 8;
 
 }  // namespace
 
-int64_t Bucket::unit_cost() const {
+int64_t Stripe::unit_cost() const {
   return static_cast<int64_t>(sizeof(Unit)) + kMallocBytes + shape_->unit_rows * static_cast<int64_t>(sizeof(uint32_t));
 }
 
-int64_t Bucket::units_bytes() const {
+int64_t Stripe::units_bytes() const {
   const int64_t held = static_cast<int64_t>(units_.size() - free_units_.size());
   return held * unit_cost() + static_cast<int64_t>(free_units_.size() * sizeof(Unit) + free_units_.capacity() * sizeof(uint32_t));
 }
@@ -27,33 +27,30 @@ int64_t Bucket::units_bytes() const {
 // ---- room ----------------------------------------------------------------------------------------------------
 
 // What the rows that leave will cost on disk is part of the sum, so it is found step by step.
-int64_t Bucket::rows_over(int64_t rows, int64_t entries_more) const {
-  const int64_t chunk = shape_->chunk_cost, growth = lines_for(entries() + entries_more) - line_count_;
+int64_t Stripe::rows_over(int64_t rows, int64_t entries_more) const {
+  const int64_t growth = lines_for(entries() + entries_more) - line_count_;
   int64_t over = 0, pages = 0;
   for (;;) {
     const int64_t left = shape_->quota - charged() - growth * static_cast<int64_t>(sizeof(Line)) - (pages + kPagesAhead) * unit_cost();
-    const int64_t more = left >= 0 ? left / chunk : -((-left + chunk - 1) / chunk);
-    const int64_t chunks = std::min(static_cast<int64_t>(chunks_.size()) + more, shape_->chunks_max);
-    over = std::max<int64_t>(0, rows_ + rows - (std::max<int64_t>(0, chunks) << shape_->shift));
+    const int64_t bytes = std::max<int64_t>(0, range_.bytes() + left) / Range::kPage * Range::kPage;
+    over = std::max<int64_t>(0, rows_ + rows - std::min(bytes / shape_->row_bytes, shape_->rows_max));
     const int64_t needed = (2 * over + shape_->unit_rows - 1) / shape_->unit_rows;  // a page takes half a unit of rows at least
     if (needed <= pages) return over;
     pages = needed;
   }
 }
 
-void Bucket::settle_room(int64_t entries_more) {
+void Stripe::settle_room(int64_t entries_more) {
   const int64_t lines = lines_for(entries() + entries_more);
   const int64_t growth = (lines - line_count_) * static_cast<int64_t>(sizeof(Line));
   const int64_t over = charged() + growth + kPagesAhead * unit_cost() - shape_->quota;
-  if (over > 0) {
-    const int64_t chunks = static_cast<int64_t>(chunks_.size()) - (over + shape_->chunk_cost - 1) / shape_->chunk_cost;
-    shrink_rows(std::max((rows_ + (int64_t{1} << shape_->shift) - 1) >> shape_->shift, chunks));
-  }
+  if (over > 0) shrink_rows(std::max(rows_, std::max<int64_t>(0, range_.bytes() - Range::whole_pages(over)) / shape_->row_bytes));
   if (lines > line_count_) make_index(lines);
 }
 
-void Bucket::shrink_rows(int64_t chunks) {
-  const uint32_t limit = static_cast<uint32_t>(chunks << shape_->shift);
+// So that rows have numbers below `capacity`, and the pages past them are nobody's.
+void Stripe::shrink_rows(int64_t capacity) {
+  const uint32_t limit = static_cast<uint32_t>(capacity);
   std::vector<uint32_t> holes;
   for (uint32_t n = 0; n < std::min(used_, limit); n++) {
     if (row(n)->is_free()) holes.push_back(n);
@@ -73,16 +70,14 @@ void Bucket::shrink_rows(int64_t chunks) {
     row(n)->id = free_;
     free_ = n;
   }
-  while (static_cast<int64_t>(chunks_.size()) > chunks) {
-    slabs_->give(chunks_.back());
-    chunks_.pop_back();
-  }
+  range_.shrink(capacity * shape_->row_bytes);
+  capacity_ = std::min(range_.bytes() / shape_->row_bytes, shape_->rows_max);
 }
 
 // ---- out -----------------------------------------------------------------------------------------------------
 
 // Of many that are drawn, or, when too few of them may go, of all.
-Page Bucket::choose_page(int64_t wanted) {
+Page Stripe::choose_page(int64_t wanted) {
   Page page;
   const int64_t held = static_cast<int64_t>(units_.size()) - static_cast<int64_t>(free_units_.size());
   if ((held - 2) * shape_->unit_rows * 5 > spilled_ * 7) {  // less than five places of seven are somebody's
@@ -123,12 +118,12 @@ Page Bucket::choose_page(int64_t wanted) {
   return page;
 }
 
-void Bucket::drop_page(const Page& page) {
+void Stripe::drop_page(const Page& page) {
   for (uint32_t n : page.rows) row(n)->marks &= ~kPinned;
   if (page.moved != kNone) units_[page.moved].is_moving = false;
 }
 
-Header Bucket::header_now(uint32_t number, const Header* stored, double factor) const {
+Header Stripe::header_now(uint32_t number, const Header* stored, double factor) const {
   const Unit& unit = unit_of(number);
   Header now = *stored;
   now.marks = decayed_count(stored->count(), factor, decayed_ - unit.period) << 8 |
@@ -136,7 +131,7 @@ Header Bucket::header_now(uint32_t number, const Header* stored, double factor) 
   return now;
 }
 
-void Bucket::fill_page(const Page& page, const char* moved, char* buffer) const {
+void Stripe::fill_page(const Page& page, const char* moved, char* buffer) const {
   char* to = buffer;
   const size_t bytes = static_cast<size_t>(shape_->row_bytes);
   if (page.moved != kNone) {
@@ -158,11 +153,11 @@ void Bucket::fill_page(const Page& page, const char* moved, char* buffer) const 
 }
 
 // The new unit's number; its place in the file is set by the caller.
-uint32_t Bucket::new_unit() {
+uint32_t Stripe::new_unit() {
   auto hashes = std::make_unique<uint32_t[]>(static_cast<size_t>(shape_->unit_rows));
   if (free_units_.empty()) {
     const int64_t places = (units() + 1) * shape_->unit_rows;
-    if (places > kPlacesMax) throw std::length_error("Expected at most 67,108,864 spilled rows in each of 256 buckets: use more servers.");
+    if (places > kPlacesMax) throw std::length_error("Expected at most 67,108,864 spilled rows in each stripe of a table: use more servers.");
     free_units_.reserve(units_.size() + 1 > free_units_.capacity() ? units_.size() + units_.size() / 2 + 8 : free_units_.capacity());
     units_.emplace_back();
     free_units_.push_back(units() - 1);
@@ -174,7 +169,7 @@ uint32_t Bucket::new_unit() {
   return unit;
 }
 
-uint32_t Bucket::settle_page(const Page& page) {
+uint32_t Stripe::settle_page(const Page& page) {
   const uint32_t number = new_unit();
   Unit& unit = units_[number];
   unit.file = page.file;
@@ -217,7 +212,7 @@ uint32_t Bucket::settle_page(const Page& page) {
 
 // ---- in ------------------------------------------------------------------------------------------------------
 
-uint32_t Bucket::leave_place(uint32_t number) {
+uint32_t Stripe::leave_place(uint32_t number) {
   Unit& unit = unit_of(number);
   unit.hashes[place_of(number)] = 0;
   spilled_--;
@@ -227,8 +222,8 @@ uint32_t Bucket::leave_place(uint32_t number) {
   return unit.file;
 }
 
-uint32_t Bucket::bring_in(uint32_t number, const Header* stored, uint32_t marks, Found* found) {
-  if (free_ == kNone && used_ == chunks_.size() << shape_->shift && !grow_rows()) {
+uint32_t Stripe::bring_in(uint32_t number, const Header* stored, uint32_t marks, Found* found) {
+  if (free_ == kNone && used_ == capacity_ && !grow_rows()) {
     throw std::logic_error("Expected room for a row from disk, which was made before.");
   }
   if (free_ != kNone) {
@@ -246,7 +241,7 @@ uint32_t Bucket::bring_in(uint32_t number, const Header* stored, uint32_t marks,
   return leave_place(number);
 }
 
-uint32_t Bucket::remove_spilled(uint32_t number, const Header* stored) {
+uint32_t Stripe::remove_spilled(uint32_t number, const Header* stored) {
   log_deleted(stored->id);
   remove_from_index(unit_of(number).hashes[place_of(number)], number);
   return leave_place(number);

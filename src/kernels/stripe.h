@@ -1,4 +1,5 @@
-// One bucket of a table: an index by id, rows in chunks, and the counters of ids that have no row yet. No locks, no threads.
+// One stripe of a table, 1/64 of its rows by hash: an index by id, the rows, and the counters of ids that have no row yet. No locks,
+// no threads.
 //
 // Index: lines of 64 bytes, fifteen slots each. A slot is a row number below a tag of hash bits, never 0: as many as the largest
 // number leaves of 32, so that hardly ever another id's row is looked at; 0 is free. An id's home is the line that its hash falls in; when that is full, it goes to the next with room, and `passed` of every
@@ -6,8 +7,8 @@
 // deletion. Lines hold 13 rows on average at most and grow by a quarter,
 // with rows on disk by a sixteenth.
 //
-// A row: Header, `dim` values, `slots` floats of state. Row number n lies in chunk n >> shift. Rows in use and free ones have
-// numbers below `used`; the free ones are a chain.
+// A row: Header, `dim` values, `slots` floats of state. They lie one after the other, by number. Rows in use and free ones have numbers
+// below `used`; the free ones are a chain.
 //
 // A spilled row lies in a place of a unit on disk. Its number is spill_base + unit · unit_rows + place; in memory it costs a slot
 // of the index and 32 bits of its hash, without which the index could not be made anew.
@@ -26,12 +27,13 @@
 #endif
 
 #include "ids.h"
-#include "slabs.h"
+#include "range.h"
 
 namespace headwater {
 
 constexpr uint32_t kNone = 0xffffffffu;         // no row of this number, no time of this kind
-constexpr uint32_t kRowsMax = 1u << 23;         // of a bucket, in memory
+constexpr int kStripesMax = 64;                 // of a table
+constexpr uint32_t kRowsMax = 1u << 25;         // of a stripe, in memory
 constexpr uint32_t kSighting = 16;              // counts are in sixteenths
 constexpr uint32_t kCountMax = (1u << 24) - 1;  // in sixteenths
 constexpr int kConsumersMax = 6;
@@ -54,20 +56,19 @@ static_assert(sizeof(Header) == 16, "what a row costs beside value and state");
 
 enum class Victim { lru, lfu };
 
-// What all buckets of a table have in common.
+// What all stripes of a table have in common.
 struct Shape {
   int64_t dim, slots;
-  int64_t row_bytes, chunk_bytes;
-  int shift;  // a chunk has 1 << shift rows
+  int stripes;
+  int64_t row_bytes;
   Victim victim;
   uint64_t seed;
   uint32_t followers;  // a bit for each consumer of the delta stream
-  // Limits of one bucket, so that together with a region's slack they stay below the budget; INT64_MAX: none.
-  int64_t quota;             // bytes, everything but the log of deletions
-  int64_t chunks_max, lines_max;
+  // Limits of one stripe, so that together they stay below the budget.
+  int64_t quota;             // bytes, everything but the log of deletions; INT64_MAX / 2: none
+  int64_t rows_max, lines_max;
   int64_t candidates_bytes;  // −1: an eighth of the rows' bytes
   int64_t deleted_max;       // ids in the log of deletions; −1: an eighth of the rows
-  int64_t chunk_cost;        // bytes, its share of what regions lose to rounding included
   // Spilling; spill_base kNone: there is none.
   uint32_t spill_base;
   int64_t unit_bytes, unit_rows;
@@ -139,7 +140,7 @@ struct Page {
   std::vector<uint32_t> rows;
 };
 
-class alignas(64) Bucket {
+class alignas(64) Stripe {
   struct Free {
     void operator()(Line* lines) const { std::free(lines); }
   };
@@ -149,58 +150,50 @@ class alignas(64) Bucket {
   int64_t line_count_ = 0;
   uint32_t numbers_ = 0xff;  // the bits of a slot that are a row number
   int number_bits_ = 8;      // how many
-  std::vector<char*> chunks_;
+  char* base_ = nullptr;   // of the rows
 
  public:
-  void init(const Shape* shape, Slabs* slabs, int number);
+  void init(const Shape* shape, int number);
 
   Header* row(uint32_t number) const {
-    char* chunk = chunks_[number >> shape_->shift];
-    return reinterpret_cast<Header*>(chunk + (number & ((1u << shape_->shift) - 1)) * shape_->row_bytes);
+    return reinterpret_cast<Header*>(base_ + static_cast<int64_t>(number) * shape_->row_bytes);
   }
   uint32_t used() const { return used_; }
   int64_t rows() const { return rows_; }
-  int64_t bytes() const;  // all but the rows, which lie in slabs
+  int64_t bytes() const;
 
-  // Three looks ahead, each at what the one before has asked for: the line of an id's home; where its row lies, or the next line when
-  // the home was full; and then the row, of which `bytes` are asked for. Whoever knows most likely the row's number begins with
-  // look_for.
+  // Three looks ahead, each at what the one before has asked for: the line of an id's home; its row, of which `bytes` are asked for, or
+  // the next line when the home was full; and then the row of who was in that. Whoever knows most likely a row's number begins with
+  // look_for_row.
   struct Sight {
     uint64_t hash;
-    const Bucket* bucket;
-    int64_t line;     // the home, by its place, for the index may have grown by the next look; −1: seen, and nobody passed it
-    Header* row;      // most likely the id's; it comes with the third look
-    uint32_t number;  // likewise; kNone: none was seen
+    const Stripe* stripe;
+    int64_t line;     // the home, by its place, for the index may have grown by the next look; −1: no need to look on
+    Header* row;      // most likely the id's, or null
+    uint32_t number;  // the row's
   };
   __attribute__((always_inline)) void ask_for_line(uint64_t hash) const { __builtin_prefetch(&lines_[home(short_of(hash))]); }
   void look_at_line(uint64_t hash, Sight* sight) const {
     sight->hash = hash;
-    sight->bucket = this;
+    sight->stripe = this;
     sight->line = home(short_of(hash));
     __builtin_prefetch(&lines_[sight->line]);
   }
-  void look_for_place(Sight* sight) const {
+  void look_for_row(int64_t bytes, Sight* sight) const {
     const Line& line = lines_[sight->line];
-    sight->number = number_in(line, tag_of(short_of(sight->hash)));
-    if (sight->number < shape_->spill_base) __builtin_prefetch(&chunks_[sight->number >> shape_->shift]);
+    if (see_row(number_in(line, tag_of(short_of(sight->hash))), shape_->spill_base, bytes, sight)) sight->line = -1;
     else if (line.passed != 0) __builtin_prefetch(&lines_[next(sight->line)]);
     else sight->line = -1;
   }
-  void look_for_place(uint64_t hash, uint32_t number, Sight* sight) const {
-    *sight = {hash, this, -1, nullptr, number < used_ ? number : kNone};
-    if (number < used_) __builtin_prefetch(&chunks_[number >> shape_->shift]);
+  void look_for_row(uint64_t hash, uint32_t number, int64_t bytes, Sight* sight) const {
+    sight->hash = hash;
+    sight->stripe = this;
+    sight->line = -1;
+    see_row(number, used_, bytes, sight);
   }
-  void look_at_row(int64_t bytes, Sight* sight) const {
-    sight->row = nullptr;
-    if (sight->number >= shape_->spill_base) {
-      if (sight->line < 0) return;
-      sight->number = number_in(lines_[next(sight->line)], tag_of(short_of(sight->hash)));
-      if (sight->number >= shape_->spill_base) return;
-    }
-    sight->row = row(sight->number);
-    const char* start = reinterpret_cast<const char*>(sight->row);
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(start + at);
-    __builtin_prefetch(start + bytes - 1);
+  void look_further(int64_t bytes, Sight* sight) const {
+    if (sight->line < 0) return;
+    see_row(number_in(lines_[next(sight->line)], tag_of(short_of(sight->hash))), shape_->spill_base, bytes, sight);
   }
 
   Found find(int64_t id, const Sight& sight) const {
@@ -222,7 +215,7 @@ class alignas(64) Bucket {
   Found insert(uint64_t hash, int64_t id, uint32_t clock);
   void remove(Found found);
 
-  // ---- spilling (bucket_spill.cpp) ----
+  // ---- spilling (stripe_spill.cpp) ----
   int64_t spilled() const { return spilled_; }
   // Calls visit(number) for the spilled rows that may be this id's: hardly ever more than its own.
   template <class Visit>
@@ -252,7 +245,7 @@ class alignas(64) Bucket {
   // The page is on disk: its rows lie there from now on. Returns the file's unit that is free now, or kNone.
   uint32_t settle_page(const Page& page);
   void drop_page(const Page& page);  // or it is not
-  // Makes room in memory as rows_over has promised: gives back chunks, grows the index.
+  // Makes room in memory as rows_over has promised: gives back pages of rows, grows the index.
   void settle_room(int64_t entries);
   // A spilled row, at `stored`, comes back to memory, where there is room. Returns the file's unit that is free now, or kNone.
   uint32_t bring_in(uint32_t number, const Header* stored, uint32_t marks, Found* found);
@@ -303,6 +296,18 @@ class alignas(64) Bucket {
     return tag != 0 ? tag : numbers_ + 1;
   }
 
+  // False: there is no row of this number, which is not below the limit.
+  bool see_row(uint32_t number, uint32_t limit, int64_t bytes, Sight* sight) const {
+    sight->row = nullptr;
+    if (number >= limit) return false;
+    sight->number = number;
+    sight->row = row(number);
+    const char* start = reinterpret_cast<const char*>(sight->row);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(start + at);
+    __builtin_prefetch(start + bytes - 1);
+    return true;
+  }
+
   // The number in the first slot that has this tag; kNone: none has.
   uint32_t number_in(const Line& line, uint32_t tag) const {
     const uint32_t mask = match(line, tag);
@@ -332,6 +337,7 @@ class alignas(64) Bucket {
   int64_t lines_for(int64_t entries) const;
   bool grow_index();  // false: the quota does not allow it
   void make_index(int64_t lines);
+  void reserve_rows();
   bool grow_rows();  // likewise
   int64_t charged() const;
   void make_room();
@@ -343,11 +349,12 @@ class alignas(64) Bucket {
   void free_row(Found found);
   uint32_t new_unit();
   uint32_t leave_place(uint32_t number);
-  void shrink_rows(int64_t chunks);
+  void shrink_rows(int64_t capacity);
   int64_t unit_cost() const;
   int64_t units_bytes() const;
 
-  Slabs* slabs_ = nullptr;
+  Range range_;
+  int64_t capacity_ = 0;  // rows that what is in use of the range holds
   int number_ = 0;
   uint32_t used_ = 0, free_ = kNone;
   int64_t rows_ = 0;
@@ -364,6 +371,6 @@ class alignas(64) Bucket {
 };
 
 constexpr int64_t kLineRows = 13;   // on average, at most
-constexpr int64_t kPagesAhead = 8;  // that a bucket writes at once; what they cost is kept free
+constexpr int64_t kPagesAhead = 8;  // that a stripe writes at once; what they cost is kept free
 
 }  // namespace headwater
