@@ -3,6 +3,8 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <new>
 
 #ifndef MADV_COLLAPSE
@@ -10,12 +12,6 @@
 #endif
 
 namespace headwater {
-namespace {
-
-constexpr int64_t kHugePage = 2 << 20;
-
-}  // namespace
-
 Range::~Range() {
   if (start_ != nullptr) munmap(start_, static_cast<size_t>(limit_));
 }
@@ -50,6 +46,15 @@ void Range::shrink(int64_t bytes) {
   mprotect(start_ + bytes, static_cast<size_t>(bytes_ - bytes), PROT_NONE);
   bytes_ = bytes;
   huge_ = std::min(huge_, bytes / kHugePage * kHugePage);
+}
+
+void* take_zeroed(int64_t bytes) {
+  constexpr int64_t kHugePage = Range::kHugePage;
+  const size_t size = static_cast<size_t>(bytes);
+  void* got = std::aligned_alloc(bytes < kHugePage ? 64 : kHugePage, size);
+  if (got == nullptr) return nullptr;
+  if (bytes >= kHugePage) madvise(got, size / kHugePage * kHugePage, MADV_HUGEPAGE);
+  return std::memset(got, 0, size);
 }
 
 }  // namespace headwater

@@ -21,7 +21,7 @@ class Range {
   void grow(int64_t bytes);
   void shrink(int64_t bytes);  // what is past it goes back to the system
 
-  static constexpr int64_t kPage = 4096;
+  static constexpr int64_t kPage = 4096, kHugePage = 2 << 20;
   static int64_t whole_pages(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
  private:
@@ -29,5 +29,8 @@ class Range {
   int64_t limit_ = 0, bytes_ = 0;
   int64_t huge_ = 0;  // so much was asked to lie in huge pages
 };
+
+// Zeroed memory on the boundary of a line, in huge pages as far as they fill and the system has them; for std::free. Null: there is none.
+void* take_zeroed(int64_t bytes);
 
 }  // namespace headwater

@@ -100,9 +100,8 @@ void Candidates::decay(double factor, uint64_t times) {
 void Stripe::init(const Shape* shape, int number) {
   shape_ = shape;
   number_ = number;
-  lines_.reset(static_cast<Line*>(std::aligned_alloc(sizeof(Line), sizeof(Line))));
+  lines_.reset(static_cast<Line*>(take_zeroed(sizeof(Line))));
   if (lines_ == nullptr) throw std::bad_alloc();
-  std::memset(lines_.get(), 0, sizeof(Line));
   line_count_ = 1;
 }
 
@@ -153,12 +152,11 @@ bool Stripe::grow_index() {
 void Stripe::make_index(int64_t lines) {
   const int64_t bytes = lines * static_cast<int64_t>(sizeof(Line));
   if (charged() + bytes > shape_->quota) lines_.reset();
-  Line* fresh = static_cast<Line*>(std::aligned_alloc(sizeof(Line), static_cast<size_t>(bytes)));
+  Line* fresh = static_cast<Line*>(take_zeroed(bytes));
   if (fresh == nullptr) {
     if (lines_ == nullptr && lines > line_count_) make_index(line_count_);
     throw std::bad_alloc();
   }
-  std::memset(fresh, 0, static_cast<size_t>(bytes));
   lines_.reset(fresh);
   line_count_ = lines;
   // A number is below the most rows that there ever were, or that of a place on disk.
@@ -210,7 +208,8 @@ bool Stripe::grow_rows() {
   }
   if (base_ == nullptr) reserve_rows();
   const int64_t least = Range::whole_pages((capacity_ + 1) * shape_->row_bytes), room = shape_->quota - charged();
-  const int64_t wanted = range_.bytes() + std::max(kGrowMin, range_.bytes() / kGrowPart);
+  int64_t wanted = range_.bytes() + std::max(kGrowMin, range_.bytes() / kGrowPart);
+  if (range_.bytes() / kGrowPart >= Range::kHugePage) wanted += Range::kHugePage - wanted % Range::kHugePage;  // which come at once
   const int64_t most = std::min(range_.limit(), range_.bytes() + room / Range::kPage * Range::kPage);
   if (shape_->spill_base != kNone && least > most) return false;
   range_.grow(std::max(least, std::min(wanted, most)));

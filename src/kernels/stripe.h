@@ -162,9 +162,10 @@ class alignas(64) Stripe {
   int64_t rows() const { return rows_; }
   int64_t bytes() const;
 
-  // Three looks ahead, each at what the one before has asked for: the line of an id's home; its row, of which `bytes` are asked for, or
-  // the next line when the home was full; and then the row of who was in that. Whoever knows most likely a row's number begins with
-  // look_for_row.
+  // Three looks ahead, each at what the one before has asked for: the line of an id's home; the beginning of its row, or the next line
+  // when the home was full; the row's other bytes, or all of who was in that next line. Whoever knows most likely a row's number begins with
+  // look_for_row. Only one line of a row is asked for at first, for that may have to wait until its page is found, and the
+  // others would, too.
   struct Sight {
     uint64_t hash;
     const Stripe* stripe;
@@ -179,21 +180,24 @@ class alignas(64) Stripe {
     sight->line = home(short_of(hash));
     __builtin_prefetch(&lines_[sight->line]);
   }
-  void look_for_row(int64_t bytes, Sight* sight) const {
+  void look_for_row(Sight* sight) const {
     const Line& line = lines_[sight->line];
-    if (see_row(number_in(line, tag_of(short_of(sight->hash))), shape_->spill_base, bytes, sight)) sight->line = -1;
+    if (see_row(number_in(line, tag_of(short_of(sight->hash))), shape_->spill_base, sight)) sight->line = -1;
     else if (line.passed != 0) __builtin_prefetch(&lines_[next(sight->line)]);
     else sight->line = -1;
   }
-  void look_for_row(uint64_t hash, uint32_t number, int64_t bytes, Sight* sight) const {
+  void look_for_row(uint64_t hash, uint32_t number, Sight* sight) const {
     sight->hash = hash;
     sight->stripe = this;
     sight->line = -1;
-    see_row(number, used_, bytes, sight);
+    see_row(number, used_, sight);
   }
-  void look_further(int64_t bytes, Sight* sight) const {
-    if (sight->line < 0) return;
-    see_row(number_in(lines_[next(sight->line)], tag_of(short_of(sight->hash))), shape_->spill_base, bytes, sight);
+  void look_at_row(int64_t bytes, Sight* sight) const {
+    if (sight->line >= 0) see_row(number_in(lines_[next(sight->line)], tag_of(short_of(sight->hash))), shape_->spill_base, sight);
+    if (sight->row == nullptr) return;
+    const char* start = reinterpret_cast<const char*>(sight->row);
+    for (int64_t at = 64; at < bytes; at += 64) __builtin_prefetch(start + at);
+    __builtin_prefetch(start + bytes - 1);
   }
 
   Found find(int64_t id, const Sight& sight) const {
@@ -297,14 +301,12 @@ class alignas(64) Stripe {
   }
 
   // False: there is no row of this number, which is not below the limit.
-  bool see_row(uint32_t number, uint32_t limit, int64_t bytes, Sight* sight) const {
+  bool see_row(uint32_t number, uint32_t limit, Sight* sight) const {
     sight->row = nullptr;
     if (number >= limit) return false;
     sight->number = number;
     sight->row = row(number);
-    const char* start = reinterpret_cast<const char*>(sight->row);
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(start + at);
-    __builtin_prefetch(start + bytes - 1);
+    __builtin_prefetch(sight->row);
     return true;
   }
 

@@ -16,8 +16,8 @@ constexpr int64_t kBudgetLog = 64;          // this part for the ids of deleted 
 constexpr int64_t kBudgetCandidates = 8;    // this part for the counters of ids without a row, when there are any
 constexpr int64_t kCandidatesMin = 16 << 10;  // bytes of a stripe, without a budget
 constexpr int64_t kStripeRowsMin = 16;
-constexpr int64_t kLineAhead = 30, kPlaceAhead = 20, kRowAhead = 10;  // ids, for the three looks ahead
-constexpr int64_t kRing = 32;               // for what the looks remember: more than they are ahead, so that i % kRing is free
+constexpr int64_t kBlock = 6;               // ids whose looks ahead follow each other
+constexpr int64_t kRing = 32;               // for what the looks remember: at least four blocks
 constexpr int64_t kAlone = 2048;            // ids: fewer are not worth waking a thread
 constexpr int64_t kPart = 4096;             // ids that a thread takes at a time
 constexpr int64_t kSweepRows = 1 << 14;
@@ -140,6 +140,28 @@ TableStats Table::stats() {
 
 // ---- looking up ----------------------------------------------------------------------------------------------
 
+namespace {
+
+// Calls, for every i in [begin, end), one after the other and with what they remember: line, row, rest — the three looks ahead — and use.
+// Each is done for a block at a time: a look at a page that the CPU has not seen lately holds it up until that is found, unless the next
+// such look is among the few hundred instructions that follow, which it begins meanwhile. With larger blocks too many come at once.
+template <class Line, class Row, class Rest, class Use>
+void look_ahead(int64_t begin, int64_t end, Line line, Row row, Rest rest, Use use) {
+  Stripe::Sight sights[kRing];
+  const auto each = [&](int64_t first, auto look) {
+    const int64_t limit = std::min(first + kBlock, end);
+    for (int64_t i = std::max(first, begin); i < limit; i++) look(i, &sights[static_cast<uint64_t>(i) % kRing]);
+  };
+  for (int64_t at = begin - 3 * kBlock; at < end; at += kBlock) {
+    each(at + 3 * kBlock, line);
+    each(at + 2 * kBlock, row);
+    each(at + kBlock, rest);
+    each(at, use);
+  }
+}
+
+}  // namespace
+
 // Calls use(i, hash, found) for every id, in any order and on several threads. Returns how often it said `row`, and for which ids
 // `later`, in their order. `bytes` of each row are asked for ahead. numbers: what most likely are the rows' own, or null.
 template <bool prefetch, class Use>
@@ -149,25 +171,24 @@ Table::LookedUp Table::look_up(const int64_t* ids, int64_t count, const uint32_t
   run_tasks((count + kPart - 1) / kPart, count < kAlone ? 1 : settings_.threads, [&](int64_t part) {
     const int64_t end = std::min(count, (part + 1) * kPart), begin = part * kPart;
     LookedUp mine;
-    Stripe::Sight sights[kRing];
-    const auto sight_of = [&sights](int64_t i) { return &sights[static_cast<uint64_t>(i) % kRing]; };
-    for (int64_t i = prefetch ? begin - kLineAhead : begin; i < end; i++) {
-      if (prefetch) {
-        const int64_t far = i + kLineAhead, middle = i + kPlaceAhead, near = i + kRowAhead;
-        if (far < end && numbers == nullptr) stripe_at(hash_of(ids[far])).look_at_line(hash_of(ids[far]), sight_of(far));
-        if (middle >= begin && middle < end) {
-          Stripe::Sight* sight = sight_of(middle);
-          if (numbers == nullptr) sight->stripe->look_for_row(bytes, sight);
-          else stripe_at(hash_of(ids[middle])).look_for_row(hash_of(ids[middle]), numbers[middle], bytes, sight);
-        }
-        if (near >= begin && near < end) sight_of(near)->stripe->look_further(bytes, sight_of(near));
-        if (i < begin) continue;
-      }
-      const Stripe::Sight& sight = *sight_of(i);
-      const uint64_t hash = prefetch ? sight.hash : hash_of(ids[i]);
-      const Seen said = use(i, hash, prefetch ? sight.stripe->find(ids[i], sight) : stripe_at(hash).find(hash, ids[i]));
+    const auto use_one = [&](int64_t i, uint64_t hash, Found found) {
+      const Seen said = use(i, hash, found);
       mine.rows += said == Seen::row;
       if (said == Seen::later) mine.later.push_back(i);
+    };
+    const auto look_at_line = [&](int64_t i, Stripe::Sight* sight) { stripe_at(hash_of(ids[i])).look_at_line(hash_of(ids[i]), sight); };
+    const auto look_for_row = [](int64_t, Stripe::Sight* sight) { sight->stripe->look_for_row(sight); };
+    const auto look_for_number = [&](int64_t i, Stripe::Sight* sight) {
+      stripe_at(hash_of(ids[i])).look_for_row(hash_of(ids[i]), numbers[i], sight);
+    };
+    const auto look_at_row = [&](int64_t, Stripe::Sight* sight) { sight->stripe->look_at_row(bytes, sight); };
+    const auto find = [&](int64_t i, Stripe::Sight* sight) { use_one(i, sight->hash, sight->stripe->find(ids[i], *sight)); };
+    if (!prefetch) {
+      for (int64_t i = begin; i < end; i++) use_one(i, hash_of(ids[i]), stripe_at(hash_of(ids[i])).find(hash_of(ids[i]), ids[i]));
+    } else if (numbers == nullptr) {
+      look_ahead(begin, end, look_at_line, look_for_row, look_at_row, find);
+    } else {
+      look_ahead(begin, end, [](int64_t, Stripe::Sight*) {}, look_for_number, look_at_row, find);
     }
     std::lock_guard<std::mutex> hold(adding);
     all.rows += mine.rows;
@@ -270,21 +291,17 @@ void Table::visit(const int64_t* ids, int64_t count, const int64_t* some, const 
     const int64_t begin = sorted.begin(b), end = sorted.end(b);
     if (begin == end) return true;
     Stripe& stripe = stripes_[static_cast<size_t>(b)];
-    Stripe::Sight sights[kRing];
-    const auto sight_of = [&sights](int64_t i) { return &sights[static_cast<uint64_t>(i) % kRing]; };
     try {
-      for (int64_t i = begin - kLineAhead; i < end; i++) {
-        const int64_t far = i + kLineAhead, middle = i + kPlaceAhead, near = i + kRowAhead;
-        if (far < end) stripe.look_at_line(sorted.hash(far), sight_of(far));
-        if (middle >= begin && middle < end) stripe.look_for_row(row_bytes, sight_of(middle));
-        if (near >= begin && near < end) {
-          stripe.look_further(row_bytes, sight_of(near));
-          __builtin_prefetch(ids + sorted.source(near));
-          const float* row = data + sorted.source(near) * width;
-          for (int64_t at = 0; at < std::min(width * 4, kRowBytesAhead); at += 64) __builtin_prefetch(row + at / 4);
-        }
-        if (i >= begin) visit(stripe, sorted.source(i), *sight_of(i));
-      }
+      look_ahead(
+          begin, end, [&](int64_t i, Stripe::Sight* sight) { stripe.look_at_line(sorted.hash(i), sight); },
+          [&](int64_t, Stripe::Sight* sight) { stripe.look_for_row(sight); },
+          [&](int64_t i, Stripe::Sight* sight) {
+            stripe.look_at_row(row_bytes, sight);
+            __builtin_prefetch(ids + sorted.source(i));
+            const float* row = data + sorted.source(i) * width;
+            for (int64_t at = 0; at < std::min(width * 4, kRowBytesAhead); at += 64) __builtin_prefetch(row + at / 4);
+          },
+          [&](int64_t i, Stripe::Sight* sight) { visit(stripe, sorted.source(i), *sight); });
     } catch (...) {
       std::lock_guard<std::mutex> hold(failing);
       failure = std::current_exception();
