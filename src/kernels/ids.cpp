@@ -13,25 +13,31 @@ constexpr int64_t kAhead = 16;  // how far ahead of its use memory is asked for
 }  // namespace
 
 Unique unique_ids(const int64_t* ids, int64_t count, int servers) {
-  size_t places = 64;
-  while (places < 2 * static_cast<size_t>(count)) places *= 2;
+  int bits = 6;
+  while (int64_t{1} << bits < 2 * count) bits++;
+  const size_t places = size_t{1} << bits;
   std::vector<int32_t> table(places, -1);  // place → number of the distinct id that hashes there
-  const auto place_of = [places](int64_t id) { return static_cast<size_t>(hash_of(id)) & (places - 1); };
+  // One multiplication: ids come from this process, so nobody has chosen them to meet.
+  const auto place_of = [bits](int64_t id) {
+    const uint64_t x = static_cast<uint64_t>(id);
+    return static_cast<size_t>((x ^ x >> 32) * 0x9e3779b97f4a7c15u >> (64 - bits));
+  };
 
   Unique found;
   found.inverse.resize(static_cast<size_t>(count));
-  std::vector<int64_t> distinct;
-  distinct.reserve(static_cast<size_t>(count));
+  std::vector<int64_t> distinct(static_cast<size_t>(count));
+  int32_t known = 0;
   for (int64_t i = 0; i < count; i++) {
     if (i + kAhead < count) __builtin_prefetch(&table[place_of(ids[i + kAhead])], 1);
     size_t place = place_of(ids[i]);
     while (table[place] >= 0 && distinct[static_cast<size_t>(table[place])] != ids[i]) place = (place + 1) & (places - 1);
     if (table[place] < 0) {
-      table[place] = static_cast<int32_t>(distinct.size());
-      distinct.push_back(ids[i]);
+      distinct[static_cast<size_t>(known)] = ids[i];
+      table[place] = known++;
     }
     found.inverse[static_cast<size_t>(i)] = table[place];
   }
+  distinct.resize(static_cast<size_t>(known));
 
   found.ends.assign(static_cast<size_t>(servers), 0);
   if (servers == 1) {
@@ -80,12 +86,11 @@ void sum_rows(const RowSum& sum, int threads, const RowLevel& level) {
 
 void take_rows(const float* rows, const int32_t* sources, float* out, int64_t count, int64_t dim, int threads) {
   constexpr int64_t part = 4096;
-  const size_t bytes = static_cast<size_t>(dim) * sizeof(float);
   run_tasks((count + part - 1) / part, threads, [&](int64_t p) {
     const int64_t limit = std::min(count, (p + 1) * part);
     for (int64_t i = p * part; i < limit; i++) {
       if (i + kAhead < limit) __builtin_prefetch(rows + sources[i + kAhead] * dim);
-      std::memcpy(out + i * dim, rows + sources[i] * dim, bytes);
+      copy_floats(out + i * dim, rows + sources[i] * dim, dim);
     }
     return true;
   });

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstddef>
+#include <cstring>
 #include <vector>
 
 #include "rows.h"
@@ -20,6 +21,17 @@ inline uint64_t mix64(uint64_t x) {
 }
 inline uint64_t hash_of(int64_t id) { return mix64(static_cast<uint64_t>(id)); }
 inline int bucket_of(uint64_t hash) { return static_cast<int>(hash >> 56); }
+
+// A call of memcpy takes as long as copying a short row.
+inline void copy_floats(float* to, const float* from, int64_t count) {
+  if (count > 64) {
+    std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+    return;
+  }
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) std::memcpy(to + i, from + i, 16);
+  for (; i < count; i++) to[i] = from[i];
+}
 
 struct Unique {
   std::vector<int64_t> ids;   // grouped by server; within one, in order of first appearance

@@ -19,18 +19,8 @@ constexpr int64_t kStripeRowsMin = 16;
 constexpr int64_t kBlock = 6;               // ids whose looks ahead follow each other
 constexpr int64_t kRing = 32;               // for what the looks remember: at least four blocks
 constexpr int64_t kAlone = 2048;            // ids: fewer are not worth waking a thread
-constexpr int64_t kPart = 4096;             // ids that a thread takes at a time
+constexpr int64_t kPart = 2048;             // ids that a thread takes at a time
 constexpr int64_t kSweepRows = 1 << 14;
-
-inline void copy_floats(float* to, const float* from, int64_t count) {
-  if (count > 64) {
-    std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
-    return;
-  }
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) std::memcpy(to + i, from + i, 16);
-  for (; i < count; i++) to[i] = from[i];
-}
 
 }  // namespace
 

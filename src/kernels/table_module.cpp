@@ -67,10 +67,13 @@ std::optional<Array<T>> numbers_of(nb::handle object, int64_t count) {
 
 Array<const int32_t> indexes_of(nb::handle object, int64_t count, int64_t limit, const std::string& what) {
   Array<const int32_t> found(object, "i", 1, count, -1, false, what + ", int32");
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < found.side(0); i++) largest = std::max(largest, static_cast<uint32_t>(found.data()[i]));
-  if (found.side(0) > 0 && largest >= limit) {
-    refuse("Expected indexes from 0 to " + text(limit - 1) + ", got " + text(static_cast<int32_t>(largest)) + " — " + what + ".");
+  const uint32_t most = static_cast<uint32_t>(std::min<int64_t>(limit, INT32_MAX));
+  const auto is_beyond = [most](int32_t index) { return static_cast<uint32_t>(index) >= most; };
+  uint32_t beyond = 0;
+  for (int64_t i = 0; i < found.side(0); i++) beyond |= is_beyond(found.data()[i]);
+  if (beyond != 0) {
+    const int32_t* bad = std::find_if(found.data(), found.data() + found.side(0), is_beyond);
+    refuse("Expected indexes from 0 to " + text(limit - 1) + ", got " + text(*bad) + " — " + what + ".");
   }
   return found;
 }
