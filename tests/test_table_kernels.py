@@ -860,6 +860,22 @@ def test_memory_grows_with_the_rows() -> None:
             assert table.bytes <= 1.15 * (at + 50_000) * (16 * 4 + 4 + 16)
 
 
+def test_rows_stay_the_same_when_their_addresses_run_out() -> None:
+    """Two stripes of 2 MB each at first, 20 MB at last: what is in use moves, in small pages and in huge ones; rows keep what they hold."""
+    table, dim = make_table(RULES[0], 500, stripes=2, threads=2), 500
+    initial = np.arange(20_000)
+    expected = pull(table, initial, dim)
+    for at in range(0, 20_000, 900):
+        ids = initial[at : at + 900]
+        gradients = np.repeat((ids % 7).astype(np.float32)[:, None], dim, axis=1)
+        push(table, optim.SGD(lr=0.5), ids, gradients)
+        expected[ids] -= np.float32(0.5) * gradients
+        asked = initial[: at + 900 : 50].copy()
+        assert pull(table, asked, dim).tobytes() == expected[asked].tobytes()
+    assert pull(table, initial, dim).tobytes() == expected.tobytes()
+    assert table.stats()["rows"] == 20_000
+
+
 def test_a_follower_who_asks_too_late_starts_over() -> None:
     table = make_table(RULES[0], 4, budget_bytes=1 << 20)
     limit = table.stats()["rows_max"]

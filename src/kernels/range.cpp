@@ -12,26 +12,45 @@
 #endif
 
 namespace headwater {
-Range::~Range() {
-  if (start_ != nullptr) munmap(start_, static_cast<size_t>(limit_));
-}
-
-void Range::reserve(int64_t bytes) {
-  bytes = whole_pages(bytes);
-  const size_t more = static_cast<size_t>(bytes + kHugePage);
-  void* got = mmap(nullptr, more, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+Addresses::Addresses(int64_t bytes) : bytes_(bytes) {
+  const size_t more = static_cast<size_t>(bytes + Range::kHugePage);
+  constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* got = mmap(nullptr, more, PROT_READ | PROT_WRITE, kFlags, -1, 0);
+  are_open_ = got != MAP_FAILED;
+  if (!are_open_) got = mmap(nullptr, more, PROT_NONE, kFlags, -1, 0);
   if (got == MAP_FAILED) throw std::bad_alloc();
   char* begin = static_cast<char*>(got);
-  start_ = begin + (kHugePage - reinterpret_cast<intptr_t>(begin) % kHugePage) % kHugePage;
-  limit_ = bytes;
+  start_ = begin + (Range::kHugePage - reinterpret_cast<intptr_t>(begin) % Range::kHugePage) % Range::kHugePage;
   if (start_ > begin) munmap(begin, static_cast<size_t>(start_ - begin));
   munmap(start_ + bytes, static_cast<size_t>(begin + more - (start_ + bytes)));
+  madvise(start_, static_cast<size_t>(bytes), MADV_NOHUGEPAGE);  // or each stripe might begin with one
+}
+
+void Addresses::open(int64_t from, int64_t bytes) const {
+  if (are_open_ || bytes == 0) return;
+  if (mprotect(start_ + from, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
+}
+
+Addresses::~Addresses() { munmap(start_, static_cast<size_t>(bytes_)); }
+
+void Range::move(char* start, int64_t limit, bool is_open) {
+  const int64_t whole = bytes_ / kHugePage * kHugePage;  // the rest is another mapping
+  const auto move_part = [&](int64_t from, int64_t to) {
+    const size_t size = static_cast<size_t>(to - from);
+    if (size == 0 || mremap(start_ + from, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, start + from) != MAP_FAILED) return;
+    std::memcpy(start + from, start_ + from, size);
+    huge_ = 0;
+  };
+  move_part(0, whole);
+  move_part(whole, bytes_);
+  start_ = start, limit_ = limit, is_open_ = is_open;
 }
 
 void Range::grow(int64_t bytes) {
   bytes = whole_pages(bytes);
   if (bytes <= bytes_) return;
-  if (bytes > limit_ || mprotect(start_ + bytes_, static_cast<size_t>(bytes - bytes_), PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
+  if (bytes > limit_) throw std::bad_alloc();
+  if (!is_open_ && mprotect(start_ + bytes_, static_cast<size_t>(bytes - bytes_), PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
   const int64_t whole = bytes / kHugePage * kHugePage;
   if (huge_ < whole) madvise(start_ + huge_, static_cast<size_t>(whole - huge_), MADV_HUGEPAGE);
   // Those that were in use in part, in small pages, become one now that they are full.
@@ -43,7 +62,8 @@ void Range::shrink(int64_t bytes) {
   bytes = whole_pages(bytes);
   if (bytes >= bytes_) return;
   madvise(start_ + bytes, static_cast<size_t>(bytes_ - bytes), MADV_DONTNEED);
-  mprotect(start_ + bytes, static_cast<size_t>(bytes_ - bytes), PROT_NONE);
+  madvise(start_ + bytes, static_cast<size_t>(bytes_ - bytes), MADV_NOHUGEPAGE);
+  if (!is_open_) mprotect(start_ + bytes, static_cast<size_t>(bytes_ - bytes), PROT_NONE);
   bytes_ = bytes;
   huge_ = std::min(huge_, bytes / kHugePage * kHugePage);
 }

@@ -1,7 +1,5 @@
 #include "stripe.h"
 
-#include <sys/sysinfo.h>
-
 #include <algorithm>
 #include <cmath>
 #include <new>
@@ -190,23 +188,11 @@ int64_t Stripe::charged() const {
   return line_count_ * static_cast<int64_t>(sizeof(Line)) + range_.bytes() + units_bytes();
 }
 
-// As many addresses as rows could ever need, or else twice the memory that there is, for all stripes together.
-void Stripe::reserve_rows() {
-  struct sysinfo system;
-  sysinfo(&system);
-  const int64_t memory = static_cast<int64_t>((system.totalram + system.totalswap) * system.mem_unit);
-  int64_t wanted = std::min(shape_->rows_max * shape_->row_bytes, std::max(2 * memory / shape_->stripes, shape_->row_bytes));
-  if (shape_->quota < INT64_MAX / 2) wanted = shape_->rows_max * shape_->row_bytes;
-  range_.reserve(wanted);
-  base_ = range_.start();
-}
-
 bool Stripe::grow_rows() {
   if (capacity_ == shape_->rows_max) {
     if (shape_->quota < INT64_MAX / 2) return false;
     throw std::length_error("Expected at most 33,554,432 rows in each stripe of a table: use more servers or a budget.");
   }
-  if (base_ == nullptr) reserve_rows();
   const int64_t least = Range::whole_pages((capacity_ + 1) * shape_->row_bytes), room = shape_->quota - charged();
   int64_t wanted = range_.bytes() + std::max(kGrowMin, range_.bytes() / kGrowPart);
   if (range_.bytes() / kGrowPart >= Range::kHugePage) wanted += Range::kHugePage - wanted % Range::kHugePage;  // which come at once

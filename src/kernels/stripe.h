@@ -59,7 +59,6 @@ enum class Victim { lru, lfu };
 // What all stripes of a table have in common.
 struct Shape {
   int64_t dim, slots;
-  int stripes;
   int64_t row_bytes;
   Victim victim;
   uint64_t seed;
@@ -154,6 +153,12 @@ class alignas(64) Stripe {
 
  public:
   void init(const Shape* shape, int number);
+  // Rows lie there from now on, where `bytes` of them have addresses.
+  void move_rows(char* rows, int64_t bytes, bool is_open) {
+    range_.move(rows, bytes, is_open);
+    base_ = rows;
+  }
+  int64_t row_bytes_held() const { return range_.bytes(); }
 
   Header* row(uint32_t number) const {
     return reinterpret_cast<Header*>(base_ + static_cast<int64_t>(number) * shape_->row_bytes);
@@ -339,7 +344,6 @@ class alignas(64) Stripe {
   int64_t lines_for(int64_t entries) const;
   bool grow_index();  // false: the quota does not allow it
   void make_index(int64_t lines);
-  void reserve_rows();
   bool grow_rows();  // likewise
   int64_t charged() const;
   void make_room();

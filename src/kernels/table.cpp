@@ -32,7 +32,6 @@ Table::Table(const TableSettings& settings) : settings_(settings), stripes_(stat
   start_.seed = mix64(settings.seed);
   step_row_ = settings.level->step[static_cast<int>(settings.rule)];
   shape_.dim = settings.dim;
-  shape_.stripes = settings.stripes;
   shape_.slots = static_cast<int64_t>(settings.initial_slots.size());
   shape_.row_bytes = static_cast<int64_t>(sizeof(Header)) + width() * static_cast<int64_t>(sizeof(float));
   shape_.victim = settings.victim;
@@ -49,6 +48,19 @@ Table::Table(const TableSettings& settings) : settings_(settings), stripes_(stat
     disk_ = std::make_unique<Disk>(settings.spill_folder, shape_.unit_bytes);
   }
   for (int i = 0; i < settings_.stripes; i++) stripes_[static_cast<size_t>(i)].init(&shape_, i);
+  make_addresses(settings.budget_bytes > 0 ? shape_.rows_max : 0);
+}
+
+// Gives every stripe addresses for at least so many rows.
+void Table::make_addresses(int64_t rows) {
+  const int64_t each = std::max<int64_t>(1, (rows * shape_.row_bytes + Range::kHugePage - 1) / Range::kHugePage) * Range::kHugePage;
+  auto fresh = std::make_unique<Addresses>(each * settings_.stripes);
+  for (size_t i = 0; i < stripes_.size(); i++) fresh->open(static_cast<int64_t>(i) * each, stripes_[i].row_bytes_held());
+  for (size_t i = 0; i < stripes_.size(); i++) {
+    stripes_[i].move_rows(fresh->start() + static_cast<int64_t>(i) * each, each, fresh->are_open());
+  }
+  addresses_ = std::move(fresh);
+  addressed_rows_ = each / shape_.row_bytes;
 }
 
 // Sets the limits of one stripe, so that all of them together stay within the budget whatever happens.
@@ -274,6 +286,12 @@ class Table::Sorted {
 template <class Visit>
 void Table::visit(const int64_t* ids, int64_t count, const int64_t* some, const float* data, int64_t width, Visit visit) {
   const Sorted sorted(*this, ids, count, some);
+  // Twice as many addresses as rows could be in a moment, before anybody has a row at hand, for all of them move.
+  int64_t most = 0;
+  for (int b = 0; b < settings_.stripes; b++) {
+    most = std::max(most, stripes_[static_cast<size_t>(b)].used() + sorted.end(b) - sorted.begin(b));
+  }
+  if (settings_.budget_bytes == 0 && most > addressed_rows_) make_addresses(std::min(2 * most, shape_.rows_max));
   const int64_t row_bytes = std::min(kRowBytesAhead, shape_.row_bytes);
   std::exception_ptr failure;
   std::mutex failing;

@@ -117,6 +117,7 @@ class Table {
   uint64_t key_of(uint64_t hash) const { return mix64(hash ^ start_.seed); }
 
   void set_limits(int64_t budget);
+  void make_addresses(int64_t rows);
   void plan_budget();
   int64_t fixed_bytes() const;
   // That are brought in at a time ahead of their use.
@@ -172,6 +173,8 @@ class Table {
   Start start_;
   StepRow step_row_;
   Shape shape_ = {};
+  std::unique_ptr<Addresses> addresses_;
+  int64_t addressed_rows_ = 0;  // of a stripe, that there are addresses for
   std::vector<Stripe> stripes_;
 
   std::shared_mutex lock_;  // whoever changes rows holds it alone
