@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <new>
 
 #ifndef MADV_COLLAPSE
@@ -12,12 +13,25 @@
 #endif
 
 namespace headwater {
+namespace {
+
+// As memory, whether or not anything lies there.
+bool every_address_counts() {
+  static const bool counts = [] {
+    char mode = '0';
+    std::ifstream("/proc/sys/vm/overcommit_memory") >> mode;
+    return mode == '2';
+  }();
+  return counts;
+}
+
+}  // namespace
+
 Addresses::Addresses(int64_t bytes) : bytes_(bytes) {
   const size_t more = static_cast<size_t>(bytes + Range::kHugePage);
   constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-  void* got = mmap(nullptr, more, PROT_READ | PROT_WRITE, kFlags, -1, 0);
-  are_open_ = got != MAP_FAILED;
-  if (!are_open_) got = mmap(nullptr, more, PROT_NONE, kFlags, -1, 0);
+  are_open_ = !every_address_counts();
+  void* got = mmap(nullptr, more, are_open_ ? PROT_READ | PROT_WRITE : PROT_NONE, kFlags, -1, 0);
   if (got == MAP_FAILED) throw std::bad_alloc();
   char* begin = static_cast<char*>(got);
   start_ = begin + (Range::kHugePage - reinterpret_cast<intptr_t>(begin) % Range::kHugePage) % Range::kHugePage;
@@ -34,15 +48,12 @@ void Addresses::open(int64_t from, int64_t bytes) const {
 Addresses::~Addresses() { munmap(start_, static_cast<size_t>(bytes_)); }
 
 void Range::move(char* start, int64_t limit, bool is_open) {
-  const int64_t whole = bytes_ / kHugePage * kHugePage;  // the rest is another mapping
-  const auto move_part = [&](int64_t from, int64_t to) {
-    const size_t size = static_cast<size_t>(to - from);
-    if (size == 0 || mremap(start_ + from, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, start + from) != MAP_FAILED) return;
-    std::memcpy(start + from, start_ + from, size);
-    huge_ = 0;
-  };
-  move_part(0, whole);
-  move_part(whole, bytes_);
+  if (bytes_ > 0) {
+    huge_ = bytes_ / kHugePage * kHugePage;
+    madvise(start, static_cast<size_t>(huge_), MADV_HUGEPAGE);
+    std::memcpy(start, start_, static_cast<size_t>(bytes_));
+    madvise(start_, static_cast<size_t>(bytes_), MADV_DONTNEED);
+  }
   start_ = start, limit_ = limit, is_open_ = is_open;
 }
 

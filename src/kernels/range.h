@@ -28,7 +28,7 @@ class Addresses {
 // A stripe's part of them.
 class Range {
  public:
-  // What is in use lies at `start` from now on, and is not copied where the system can move pages. There it may be written to already.
+  // What is in use is copied to `start`, where it may be written to, and lies there from now on.
   void move(char* start, int64_t limit, bool is_open);
   int64_t limit() const { return limit_; }
   int64_t bytes() const { return bytes_; }  // in use, or about to be

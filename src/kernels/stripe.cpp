@@ -196,8 +196,12 @@ bool Stripe::grow_rows() {
   const int64_t least = Range::whole_pages((capacity_ + 1) * shape_->row_bytes), room = shape_->quota - charged();
   int64_t wanted = range_.bytes() + std::max(kGrowMin, range_.bytes() / kGrowPart);
   if (range_.bytes() / kGrowPart >= Range::kHugePage) wanted += Range::kHugePage - wanted % Range::kHugePage;  // which come at once
-  const int64_t most = std::min(range_.limit(), range_.bytes() + room / Range::kPage * Range::kPage);
-  if (shape_->spill_base != kNone && least > most) return false;
+  const bool spills = shape_->spill_base != kNone;
+  if (spills && least > range_.bytes() + room) return false;
+  // Ahead of its use no more than rows can need, nor what is kept for pages that are written.
+  const int64_t spare = room - (spills ? kPagesAhead * unit_cost() : 0);
+  int64_t most = std::min(range_.limit(), range_.bytes() + std::max<int64_t>(0, spare) / Range::kPage * Range::kPage);
+  most = std::min(most, Range::whole_pages(shape_->rows_max * shape_->row_bytes));
   range_.grow(std::max(least, std::min(wanted, most)));
   capacity_ = std::min(range_.bytes() / shape_->row_bytes, shape_->rows_max);
   return true;

@@ -18,6 +18,7 @@ constexpr int64_t kCandidatesMin = 16 << 10;  // bytes of a stripe, without a bu
 constexpr int64_t kStripeRowsMin = 16;
 constexpr int64_t kBlock = 6;               // ids whose looks ahead follow each other
 constexpr int64_t kRing = 32;               // for what the looks remember: at least four blocks
+constexpr int64_t kAddressed = 8;           // times as many rows as there are have addresses, when these run out
 constexpr int64_t kAlone = 2048;            // ids: fewer are not worth waking a thread
 constexpr int64_t kPart = 2048;             // ids that a thread takes at a time
 constexpr int64_t kSweepRows = 1 << 14;
@@ -56,9 +57,10 @@ void Table::make_addresses(int64_t rows) {
   const int64_t each = std::max<int64_t>(1, (rows * shape_.row_bytes + Range::kHugePage - 1) / Range::kHugePage) * Range::kHugePage;
   auto fresh = std::make_unique<Addresses>(each * settings_.stripes);
   for (size_t i = 0; i < stripes_.size(); i++) fresh->open(static_cast<int64_t>(i) * each, stripes_[i].row_bytes_held());
-  for (size_t i = 0; i < stripes_.size(); i++) {
-    stripes_[i].move_rows(fresh->start() + static_cast<int64_t>(i) * each, each, fresh->are_open());
-  }
+  run_tasks(settings_.stripes, settings_.threads, [&](int64_t i) {
+    stripes_[static_cast<size_t>(i)].move_rows(fresh->start() + i * each, each, fresh->are_open());
+    return true;
+  });
   addresses_ = std::move(fresh);
   addressed_rows_ = each / shape_.row_bytes;
 }
@@ -144,6 +146,23 @@ TableStats Table::stats() {
 
 namespace {
 
+// As run_tasks does; what a task throws is thrown here when all that have begun are over.
+void run_all(int64_t count, int threads, const std::function<void(int64_t)>& task) {
+  std::exception_ptr failure;
+  std::mutex failing;
+  run_tasks(count, threads, [&](int64_t i) {
+    try {
+      task(i);
+    } catch (...) {
+      std::lock_guard<std::mutex> hold(failing);
+      failure = std::current_exception();
+      return false;
+    }
+    return true;
+  });
+  if (failure) std::rethrow_exception(failure);
+}
+
 // Calls, for every i in [begin, end), one after the other and with what they remember: line, row, rest — the three looks ahead — and use.
 // Each is done for a block at a time: a look at a page that the CPU has not seen lately holds it up until that is found, unless the next
 // such look is among the few hundred instructions that follow, which it begins meanwhile. With larger blocks too many come at once.
@@ -170,7 +189,7 @@ template <bool prefetch, class Use>
 Table::LookedUp Table::look_up(const int64_t* ids, int64_t count, const uint32_t* numbers, int64_t bytes, Use use) const {
   LookedUp all;
   std::mutex adding;
-  run_tasks((count + kPart - 1) / kPart, count < kAlone ? 1 : settings_.threads, [&](int64_t part) {
+  run_all((count + kPart - 1) / kPart, count < kAlone ? 1 : settings_.threads, [&](int64_t part) {
     const int64_t end = std::min(count, (part + 1) * kPart), begin = part * kPart;
     LookedUp mine;
     const auto use_one = [&](int64_t i, uint64_t hash, Found found) {
@@ -195,7 +214,6 @@ Table::LookedUp Table::look_up(const int64_t* ids, int64_t count, const uint32_t
     std::lock_guard<std::mutex> hold(adding);
     all.rows += mine.rows;
     all.later.insert(all.later.end(), mine.later.begin(), mine.later.end());
-    return true;
   });
   std::sort(all.later.begin(), all.later.end());
   return all;
@@ -286,38 +304,35 @@ class Table::Sorted {
 template <class Visit>
 void Table::visit(const int64_t* ids, int64_t count, const int64_t* some, const float* data, int64_t width, Visit visit) {
   const Sorted sorted(*this, ids, count, some);
-  // Twice as many addresses as rows could be in a moment, before anybody has a row at hand, for all of them move.
+  // Many more addresses than rows could be in a moment, before anybody has a row at hand, for all of them move. (Who deletes has no data.)
   int64_t most = 0;
   for (int b = 0; b < settings_.stripes; b++) {
     most = std::max(most, stripes_[static_cast<size_t>(b)].used() + sorted.end(b) - sorted.begin(b));
   }
-  if (settings_.budget_bytes == 0 && most > addressed_rows_) make_addresses(std::min(2 * most, shape_.rows_max));
-  const int64_t row_bytes = std::min(kRowBytesAhead, shape_.row_bytes);
-  std::exception_ptr failure;
-  std::mutex failing;
-  run_tasks(settings_.stripes, count < kAlone ? 1 : settings_.threads, [&](int64_t b) {
-    const int64_t begin = sorted.begin(b), end = sorted.end(b);
-    if (begin == end) return true;
-    Stripe& stripe = stripes_[static_cast<size_t>(b)];
-    try {
-      look_ahead(
-          begin, end, [&](int64_t i, Stripe::Sight* sight) { stripe.look_at_line(sorted.hash(i), sight); },
-          [&](int64_t, Stripe::Sight* sight) { stripe.look_for_row(sight); },
-          [&](int64_t i, Stripe::Sight* sight) {
-            stripe.look_at_row(row_bytes, sight);
-            __builtin_prefetch(ids + sorted.source(i));
-            const float* row = data + sorted.source(i) * width;
-            for (int64_t at = 0; at < std::min(width * 4, kRowBytesAhead); at += 64) __builtin_prefetch(row + at / 4);
-          },
-          [&](int64_t i, Stripe::Sight* sight) { visit(stripe, sorted.source(i), *sight); });
-    } catch (...) {
-      std::lock_guard<std::mutex> hold(failing);
-      failure = std::current_exception();
-      return false;
+  if (settings_.budget_bytes == 0 && data != nullptr && std::min(most, shape_.rows_max) > addressed_rows_) {
+    for (int64_t times = kAddressed;; times /= 2) {
+      try {
+        make_addresses(std::min(times * most, shape_.rows_max));
+        break;
+      } catch (const std::bad_alloc&) {
+        if (times == 1) throw;
+      }
     }
-    return true;
+  }
+  const int64_t row_bytes = std::min(kRowBytesAhead, shape_.row_bytes);
+  run_all(settings_.stripes, count < kAlone ? 1 : settings_.threads, [&](int64_t b) {
+    Stripe& stripe = stripes_[static_cast<size_t>(b)];
+    look_ahead(
+        sorted.begin(b), sorted.end(b), [&](int64_t i, Stripe::Sight* sight) { stripe.look_at_line(sorted.hash(i), sight); },
+        [&](int64_t, Stripe::Sight* sight) { stripe.look_for_row(sight); },
+        [&](int64_t i, Stripe::Sight* sight) {
+          stripe.look_at_row(row_bytes, sight);
+          __builtin_prefetch(ids + sorted.source(i));
+          const float* row = data + sorted.source(i) * width;
+          for (int64_t at = 0; at < std::min(width * 4, kRowBytesAhead); at += 64) __builtin_prefetch(row + at / 4);
+        },
+        [&](int64_t i, Stripe::Sight* sight) { visit(stripe, sorted.source(i), *sight); });
   });
-  if (failure) std::rethrow_exception(failure);
 }
 
 uint32_t Table::advance(int64_t step, int64_t now) {
