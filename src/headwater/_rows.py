@@ -77,9 +77,9 @@ class RowPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     admit_after: an id gets its row at its so-manieth sighting, that is push. expire_steps, expire_s: a row unseen for longer is
     deleted; one of the two. decay: counts of sightings are multiplied by it every 1,000 steps of the table. budget_bytes: what
-    the table may take in memory over all servers, index and growth included; it is never exceeded. when_full: "evict", or "spill"
-    to a file in spill_folder on each server's disk: those rows still exist. evict: who goes, "lru" the longest unseen or "lfu" the
-    least often seen. An evicted id that comes back is a new one.
+    the table may take in memory over all servers, index and growth included, half a megabyte a server or more; it is never
+    exceeded. when_full: "evict", or "spill" to a file in spill_folder on each server's disk: those rows still exist. evict: who
+    goes, "lru" the longest unseen or "lfu" the least often seen. An evicted id that comes back is a new one.
     """
 
     admit_after: int = 1
