@@ -260,13 +260,13 @@ def test_every_level_and_thread_count_gives_the_same_table(optimizer: optim.Opti
 
     def run(level: str, threads: int) -> tuple[Any, ...]:
         rng = np.random.default_rng(3)
-        options = {"admit_after": 2, "expire_steps": 9, "decay": 0.75, "budget_bytes": 110_000, "stripes": 8}
-        options["budget_bytes"] += 2_300 * (92 + 4 * len(optimizer.row_slots(19)))
+        options = {"admit_after": 2, "expire_steps": 9, "decay": 0.75, "budget_bytes": 264_000, "stripes": 8}
+        options["budget_bytes"] += 5_520 * (92 + 4 * len(optimizer.row_slots(19)))
         table = make_table(optimizer, 19, level=level, threads=threads, **options)
         table.track("replica")
         pulled = []
         for step in range(1, 30):
-            ids, gradients = draw_push(rng, 4_000, 2_100, 19)
+            ids, gradients = draw_push(rng, 8_000, 5_040, 19)
             push(table, optimizer, ids, gradients, 150 * step if step > 20 else step)
             pulled.append(pull(table, ids, 19, touch=step % 2 == 0).tobytes())
         stats = table.stats()

@@ -185,7 +185,7 @@ class Table:
     It can be shared between threads: calls that change rows exclude each other and readers, and the GIL is released.
     A row exists once a push trained it (after `admit_after` sightings) or `put` wrote it. An id without a row has its initial
     value: a pure function of (seed, id, position). Rows lie in stripes, by their hash; each has its own index, its
-    own rows, an equal share of the budget, and is worked on by one thread at a time, in the order of the batch: so the
+    own rows, an equal share of the budget, and gets and loses rows by one thread at a time, in the order of the batch: so the
     same calls give the same rows, evictions and bits, whatever the thread count or SIMD level. (With spilling, what
     `prefetch` brought in by the time of a call decides which rows are in memory, never what they hold.)
 

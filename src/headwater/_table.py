@@ -521,7 +521,7 @@ class Desk(Rooms):
         self._sequences: dict[int, int] = {}  # of the last push that was staged, by table
         self._streams: set[tuple[int, str]] = set()  # that end with this connection: table, consumer
         # By table, where the rows of the last two pulls lie, for two are under way where one is prefetched.
-        self._found: dict[int, deque[tuple[bytes, np.ndarray]]] = {}
+        self._found: dict[int, deque[tuple[tuple[int, bytes], np.ndarray]]] = {}
 
     def sink(self, message: AnyMessage, size: int) -> memoryview:
         """Say where a request's payload of `size` bytes goes. Raises ProtocolError where none, or another, is expected."""
@@ -593,9 +593,8 @@ class Desk(Rooms):
     def _push(self, request: PushRows, payload: np.ndarray | None) -> None:
         rows = self._table(request.table)
         ids = self._ids(request, 0, payload)
-        found = self._found.get(request.table, ()) if len(ids) >= _WORTH_KNOWING else ()
-        sample = _sample(ids) if found else b""
-        numbers = next((numbers for of, numbers in found if of == sample and len(numbers) == len(ids)), None)
+        found = dict(self._found.get(request.table, ()))
+        numbers = found.get(_sample(ids)) if found and len(ids) >= _WORTH_KNOWING else None
         part = Part(ids, self._rows(0, request.count, rows.spec.dim), request.scalars, numbers)
         rows.check(part)
         if rows.spec.is_staged:
@@ -638,9 +637,9 @@ class Desk(Rooms):
         return rows
 
 
-def _sample(ids: np.ndarray) -> bytes:
+def _sample(ids: np.ndarray) -> tuple[int, bytes]:
     """Return what most likely differs for other ids; where it does not, looking them up takes longer and finds the same."""
-    return ids[:: len(ids) // 16].tobytes()
+    return len(ids), ids[:: len(ids) // 16].tobytes()
 
 
 def _left() -> PeerLostError:
