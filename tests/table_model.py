@@ -36,6 +36,10 @@ def unique(ids: Ids, servers: int = 1) -> tuple[Ids, Ids, npt.NDArray[np.int32]]
     return np.array(distinct, np.int64), ends, np.array([place[int(i)] for i in ids], np.int32)
 
 
+def same_ids(ids: Any, others: Any) -> bool:
+    return bool(np.array_equal(ids, others))
+
+
 def sum_rows(
     rows: Floats,
     targets: Any,
@@ -45,11 +49,12 @@ def sum_rows(
     weights: Any = None,
     threads: int = 1,
     level: str = "auto",
-) -> None:
+) -> bool:
     out[...] = 0
     for i, target in enumerate(targets):
         row = rows[i if sources is None else sources[i]]
         out[target] += row if weights is None else np.float32(weights[i]) * row
+    return bool(np.isfinite(out).all())
 
 
 def take_rows(rows: Floats, sources: Any, out: Floats, *, threads: int = 1) -> None:

@@ -298,7 +298,9 @@ def test_unique_keeps_the_order_of_first_appearance_within_a_server(values: list
 
 
 def test_unique_of_many_ids_is_numpys() -> None:
-    ids = np.random.default_rng(0).zipf(1.2, 200_000).astype(np.int64)
+    some = np.random.default_rng(0).zipf(1.2, 200_000).astype(np.int64)
+    # First hardly any that was not there before, then all of them, then some.
+    ids = np.concatenate([np.zeros(5000, np.int64), np.arange(-20_000, 0), some])
     distinct, ends, inverse = _kernels.unique(ids)
     theirs, index = np.unique(ids, return_index=True)
     assert distinct.tolist() == theirs[np.argsort(index)].tolist()
@@ -308,22 +310,48 @@ def test_unique_of_many_ids_is_numpys() -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("routed", [False, True])
-def test_sums_are_those_from_the_left_to_the_right(routed: bool, weighted: bool) -> None:
+@pytest.mark.parametrize("in_order", [False, True])
+def test_sums_are_those_from_the_left_to_the_right(in_order: bool, routed: bool, weighted: bool) -> None:
     rng = np.random.default_rng(0)
     count, dim = 20_000, 19
     targets = rng.integers(0, 300, count, dtype=np.int32)
+    if in_order:  # as `unique` numbers them; and some have no row
+        targets = _kernels.unique(targets.astype(np.int64))[2]
+        targets += targets > 150
     sources = rng.integers(0, 500, count, dtype=np.int32) if routed else None
     rows = rng.standard_normal((500 if routed else count, dim)).astype(np.float32)
     weights = rng.standard_normal(count).astype(np.float32) if weighted else None
-    expected = np.zeros((301, dim), np.float32)
+    expected = np.zeros((302, dim), np.float32)
     for i in range(count):
         row = rows[i if sources is None else sources[i]]
         expected[targets[i]] += row if weights is None else weights[i] * row
     for level in LEVELS:
         for threads in (1, 2, 4):
             out = np.full_like(expected, np.nan)
-            _kernels.sum_rows(rows, targets, out, sources=sources, weights=weights, threads=threads, level=level)
+            assert _kernels.sum_rows(rows, targets, out, sources=sources, weights=weights, threads=threads, level=level)
             assert out.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("dim", [1, 16, 19])
+def test_sums_that_are_not_finite_are_told(dim: int) -> None:
+    targets = np.array([0, 1, 0, 2], np.int32)
+    most = float(np.finfo(np.float32).max)
+    for bad in ([np.nan, 0, 0, 0], [0, 0, -np.inf, 0], [np.inf, 0, -np.inf, 0], [0, np.inf, 0, 0], [most, 0, most, 0]):
+        for position in (0, dim - 1):
+            rows = np.ones((4, dim), np.float32)
+            rows[:, position] = bad
+            for level in LEVELS:
+                assert not _kernels.sum_rows(rows, targets, np.empty((3, dim), np.float32), level=level)
+    rows = np.full((4, dim), most / 2, np.float32)
+    assert _kernels.sum_rows(rows, targets, np.empty((4, dim), np.float32))
+
+
+def test_same_ids_are_the_same_in_the_same_order() -> None:
+    ids = np.arange(5)
+    assert _kernels.same_ids(ids, ids.copy())
+    assert _kernels.same_ids(ids[:0], ids[5:])
+    assert not _kernels.same_ids(ids, ids[:4])
+    assert not _kernels.same_ids(ids, ids[::-1].copy())
 
 
 def test_taken_rows_are_the_rows() -> None:

@@ -151,6 +151,9 @@ def unique(ids: Buffer, servers: int = 1) -> tuple[npt.NDArray[np.int64], npt.ND
     inverse: int32 (n,): distinct[inverse] == ids.
     """
 
+def same_ids(ids: Buffer, others: Buffer) -> bool:
+    """Whether both, int64 (n,), are the same ids in the same order."""
+
 def sum_rows(
     rows: Buffer,
     targets: Buffer,
@@ -160,8 +163,10 @@ def sum_rows(
     weights: Buffer | None = None,
     threads: int = 1,
     level: str = "auto",
-) -> None:
+) -> bool:
     """Set out[t] = Σ weights[i] · rows[sources[i]] over the i with targets[i] == t, in ascending i, from zero.
+
+    Returns whether all of them are finite.
 
     rows: float32 (r, dim). targets: int32 (n,). out: float32 (u, dim), where nothing has t: zeros.
     sources: int32 (n,), default 0, 1, 2, …: then r must be n. weights: float32 (n,), default 1.

@@ -232,7 +232,7 @@ class Table:
         self._session.begin_tables()
         flat = as_ids(ids, f"table {self.name!r}")
         for known in (self._last, self._ahead):
-            if known is not None and np.array_equal(known.ids, flat):
+            if known is not None and _kernels.same_ids(known.ids, flat):
                 return known
         if len(flat) >= 1 << 31:
             raise LayoutError(
@@ -271,11 +271,14 @@ class Table:
             total = _rows_in(room, len(batch.distinct), self.dim)
         elif not is_distinct:
             total = np.empty((len(batch.distinct), self.dim), np.float32)
-        if not is_distinct:
-            _kernels.sum_rows(flat, batch.inverse, total)
-        elif total is not flat:
-            total[...] = flat
-        self._check_finite(batch, total, flat, is_distinct=is_distinct)
+        if is_distinct:
+            if total is not flat:
+                total[...] = flat
+            is_finite = _kernels.find_bad(total) < 0
+        else:
+            is_finite = _kernels.sum_rows(flat, batch.inverse, total)
+        if not is_finite:
+            raise self._not_finite(batch, total, flat, is_distinct=is_distinct)
         self._check_budget(batch)
         step = -1
         if self.spec.is_staged:
@@ -303,18 +306,17 @@ class Table:
             if 0 < limit < stop - start:
                 raise SettingError(too_many(stop - start, limit, self.spec))
 
-    def _check_finite(self, batch: Batch, total: np.ndarray, gradients: np.ndarray, *, is_distinct: bool) -> None:
-        bad = _kernels.find_bad(total)
-        if bad < 0:
-            return
-        row, position = divmod(bad, self.dim)
+    def _not_finite(
+        self, batch: Batch, total: np.ndarray, gradients: np.ndarray, *, is_distinct: bool
+    ) -> NonFiniteError:
+        row, position = divmod(_kernels.find_bad(total), self.dim)
         where = row
         if not is_distinct:
             places = np.flatnonzero(batch.inverse == row)
             guilty = places[~np.isfinite(gradients[places]).all(axis=1)]
             where = int(guilty[0]) if len(guilty) else int(places[0])
             position = position if not len(guilty) else int(np.flatnonzero(~np.isfinite(gradients[where]))[0])
-        raise NonFiniteError(
+        return NonFiniteError(
             f"Expected finite gradients, got NaN or infinity for id {batch.distinct[row]} at position {position}, number {where} of "
             f"the batch — table {self.name!r}, push {self._sequence + 1}. Nothing of this push counts; lower the learning rate, "
             "clip, or skip the step."

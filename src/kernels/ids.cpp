@@ -1,6 +1,7 @@
 #include "ids.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "pool.h"
@@ -8,13 +9,14 @@
 namespace headwater {
 namespace {
 
-constexpr int64_t kAhead = 16;  // how far ahead of its use memory is asked for
+constexpr int64_t kAhead = 16;    // how far ahead of its use memory is asked for
+constexpr int64_t kBlock = 1024;  // ids
 
 }  // namespace
 
 Unique unique_ids(const int64_t* ids, int64_t count, int servers) {
   int bits = 6;
-  while (int64_t{1} << bits < 2 * count) bits++;
+  while (int64_t{1} << bits < 4 * count) bits++;
   const size_t places = size_t{1} << bits;
   std::vector<int32_t> table(places, -1);  // place → number of the distinct id that hashes there
   // One multiplication: ids come from this process, so nobody has chosen them to meet.
@@ -25,17 +27,34 @@ Unique unique_ids(const int64_t* ids, int64_t count, int servers) {
 
   Unique found;
   found.inverse.resize(static_cast<size_t>(count));
-  std::vector<int64_t> distinct(static_cast<size_t>(count));
+  std::vector<int64_t> distinct(static_cast<size_t>(count) + 1);
   int32_t known = 0;
-  for (int64_t i = 0; i < count; i++) {
-    if (i + kAhead < count) __builtin_prefetch(&table[place_of(ids[i + kAhead])], 1);
-    size_t place = place_of(ids[i]);
-    while (table[place] >= 0 && distinct[static_cast<size_t>(table[place])] != ids[i]) place = (place + 1) & (places - 1);
-    if (table[place] < 0) {
-      distinct[static_cast<size_t>(known)] = ids[i];
-      table[place] = known++;
+  const auto number_some = [&](int64_t first, int64_t limit, auto guess) {
+    const auto number_at = [&](size_t place) {
+      const int32_t at = table[place], is_new = at >> 31;
+      if constexpr (guess) return at < 0 ? known : at;
+      return (at & ~is_new) | (known & is_new);
+    };
+    for (int64_t i = first; i < limit; i++) {
+      if (i + kAhead < count) __builtin_prefetch(&table[place_of(ids[i + kAhead])], 1);
+      const int64_t id = ids[i];
+      distinct[static_cast<size_t>(known)] = id;  // which stays, if it is new
+      size_t place = place_of(id);
+      int32_t number = number_at(place);
+      while (distinct[static_cast<size_t>(number)] != id) number = number_at(place = (place + 1) & (places - 1));
+      table[place] = number;
+      found.inverse[static_cast<size_t>(i)] = number;
+      known += number == known;
     }
-    found.inverse[static_cast<size_t>(i)] = table[place];
+  };
+  // A CPU guesses well whether an id is new where nearly all are, or nearly none; else it is better not asked.
+  int64_t news = kBlock;
+  for (int64_t i = 0; i < count; i += kBlock) {
+    const int32_t before = known;
+    const int64_t limit = std::min(count, i + kBlock);
+    if (news * 16 < kBlock || news * 16 > kBlock * 15) number_some(i, limit, std::true_type());
+    else number_some(i, limit, std::false_type());
+    news = known - before;
   }
   distinct.resize(static_cast<size_t>(known));
 
@@ -64,24 +83,14 @@ Unique unique_ids(const int64_t* ids, int64_t count, int servers) {
 }
 
 // A thread owns a range of the targets and goes through all of the sources: so every sum has one order.
-void sum_rows(const RowSum& sum, int threads, const RowLevel& level) {
+bool sum_rows(const RowSum& sum, int threads, const RowLevel& level) {
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, sum.count / 4096));
+  std::atomic<bool> are_finite{true};
   run_tasks(parts, threads, [&](int64_t part) {
-    const int64_t first = sum.targets_limit * part / parts, limit = sum.targets_limit * (part + 1) / parts;
-    std::memset(sum.out + first * sum.dim, 0, static_cast<size_t>((limit - first) * sum.dim) * sizeof(float));
-    for (int64_t i = 0; i < sum.count; i++) {
-      if (i + kAhead < sum.count) {
-        __builtin_prefetch(sum.out + sum.targets[i + kAhead] * sum.dim, 1);
-        if (sum.sources != nullptr) __builtin_prefetch(sum.rows + sum.sources[i + kAhead] * sum.dim);
-      }
-      const int64_t target = sum.targets[i];
-      if (target < first || target >= limit) continue;
-      const float* row = sum.rows + (sum.sources == nullptr ? i : sum.sources[i]) * sum.dim;
-      if (sum.weights == nullptr) level.add(sum.out + target * sum.dim, row, sum.dim);
-      else level.add_scaled(sum.out + target * sum.dim, row, sum.weights[i], sum.dim);
-    }
+    if (!level.sum(sum, sum.targets_limit * part / parts, sum.targets_limit * (part + 1) / parts)) are_finite = false;
     return true;
   });
+  return are_finite;
 }
 
 void take_rows(const float* rows, const int32_t* sources, float* out, int64_t count, int64_t dim, int threads) {

@@ -40,15 +40,8 @@ struct Unique {
 };
 Unique unique_ids(const int64_t* ids, int64_t count, int servers);
 
-struct RowSum {
-  const float* rows;
-  const int32_t* targets;  // count of them
-  const int32_t* sources;  // or null: 0, 1, 2, …
-  const float* weights;    // or null: 1
-  float* out;
-  int64_t count, targets_limit, dim;
-};
-void sum_rows(const RowSum& sum, int threads, const RowLevel& level);
+// Returns whether all sums are finite.
+bool sum_rows(const RowSum& sum, int threads, const RowLevel& level);
 void take_rows(const float* rows, const int32_t* sources, float* out, int64_t count, int64_t dim, int threads);
 
 uint64_t hash_text(const char* text, size_t bytes);

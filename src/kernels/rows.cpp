@@ -253,19 +253,76 @@ void fill(const Start& start, uint64_t key, float* out, int64_t dim) {
   }
 }
 
-void add(float* __restrict out, const float* __restrict row, int64_t dim) {
-  for (int64_t i = 0; i < dim; i++) out[i] += row[i];
+inline void note_largest(int32_t& largest, float value) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  bits &= 0x7fffffff;
+  if (bits > largest) largest = bits;
+}
+inline void note_largest(Ints& largest, const Floats& value) {
+  const Ints bits = (Ints)value & 0x7fffffff;
+  largest = bits > largest ? bits : largest;
 }
 
-void add_scaled(float* __restrict out, const float* __restrict row, float weight, int64_t dim) {
-  for (int64_t i = 0; i < dim; i++) out[i] += weight * row[i];
+// What has become NaN or infinite stays so: to look at each sum on the way is to look at all of them.
+template <class V, class Bits>
+inline void add_to(float* out, uintptr_t seen, const float* row, float weight, Bits& largest) {
+  static constexpr float kZeros[kLanes] = {};
+  V value, more;
+  load(value, reinterpret_cast<const float*>((reinterpret_cast<uintptr_t>(out) & seen) | (reinterpret_cast<uintptr_t>(kZeros) & ~seen)));
+  load(more, row);
+  value += weight * more;
+  store(out, value);
+  note_largest(largest, value);
+}
+
+template <bool kWeighted, bool kRouted>
+bool sum_as(const RowSum& whole, int64_t first, int64_t limit) {
+  constexpr int64_t kAhead = 16;  // rows
+  const RowSum sum = whole;       // where no store can change it
+  const int64_t dim = sum.dim, even = dim / kLanes * kLanes;
+  Ints largest = {};
+  int32_t largest_left = 0;
+  int64_t known = first;  // the targets below it hold a sum, be it zero
+  const auto clear_to = [&](int64_t target) {
+    std::memset(sum.out + known * dim, 0, static_cast<size_t>((target - known) * dim) * sizeof(float));
+    known = target;
+  };
+  const auto add_one = [&](int64_t i) {
+    const int64_t target = sum.targets[i];
+    if (target < first || target >= limit) return;
+    if (target > known) clear_to(target);
+    const uintptr_t is_first = target == known, seen = is_first - 1;
+    known += is_first;
+    const float weight = kWeighted ? sum.weights[i] : 1.0f;
+    const float* row = sum.rows + (kRouted ? sum.sources[i] : i) * dim;
+    float* out = sum.out + target * dim;
+    int64_t j = 0;
+    for (; j < even; j += kLanes) add_to<Floats>(out + j, seen, row + j, weight, largest);
+    for (; j < dim; j++) add_to<float>(out + j, seen, row + j, weight, largest_left);
+  };
+  int64_t i = 0;
+  for (; i + kAhead < sum.count; i++) {
+    __builtin_prefetch(sum.out + sum.targets[i + kAhead] * dim, 1);
+    if (kRouted) __builtin_prefetch(sum.rows + sum.sources[i + kAhead] * dim);
+    add_one(i);
+  }
+  for (; i < sum.count; i++) add_one(i);
+  clear_to(limit);
+  for (int64_t lane = 0; lane < kLanes; lane++) largest_left = largest[lane] > largest_left ? largest[lane] : largest_left;
+  return largest_left < 0x7f800000;
+}
+
+bool sum(const RowSum& sum, int64_t first, int64_t limit) {
+  if (sum.weights == nullptr) return sum.sources == nullptr ? sum_as<false, false>(sum, first, limit) : sum_as<false, true>(sum, first, limit);
+  return sum.sources == nullptr ? sum_as<true, false>(sum, first, limit) : sum_as<true, true>(sum, first, limit);
 }
 
 }  // namespace
 
 extern const RowLevel HEADWATER_JOIN(rows_, HEADWATER_LEVEL);
 const RowLevel HEADWATER_JOIN(rows_, HEADWATER_LEVEL) = {
-    {step<Sgd>, step<Adagrad>, step_rowwise, step<Adam>, step<Ftrl>}, fill, add, add_scaled,
+    {step<Sgd>, step<Adagrad>, step_rowwise, step<Adam>, step<Ftrl>}, fill, sum,
 };
 
 }  // namespace headwater

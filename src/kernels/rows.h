@@ -21,12 +21,21 @@ struct Start {  // how a row begins
 // row: `dim` values and then the optimizer's state, anywhere in memory.
 using StepRow = void (*)(const float* scalars, float* row, const float* gradient, int64_t dim);
 
+struct RowSum {
+  const float* rows;
+  const int32_t* targets;  // count of them
+  const int32_t* sources;  // or null: 0, 1, 2, …
+  const float* weights;    // or null: 1
+  float* out;
+  int64_t count, targets_limit, dim;
+};
+
 struct RowLevel {
   StepRow step[5];  // by RowRule
   // Writes the initial value of an id; key = mix64(id) with the seed mixed in.
   void (*fill)(const Start& start, uint64_t key, float* out, int64_t dim);
-  void (*add)(float* out, const float* row, int64_t dim);                       // out += row
-  void (*add_scaled)(float* out, const float* row, float weight, int64_t dim);  // out += weight·row
+  // Sets the targets from `first` to `limit` (not included) to their sums, in ascending i; returns whether all are finite.
+  bool (*sum)(const RowSum& sum, int64_t first, int64_t limit);
 };
 
 extern const RowLevel rows_baseline;

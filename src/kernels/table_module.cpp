@@ -67,11 +67,14 @@ std::optional<Array<T>> numbers_of(nb::handle object, int64_t count) {
 
 Array<const int32_t> indexes_of(nb::handle object, int64_t count, int64_t limit, const std::string& what) {
   Array<const int32_t> found(object, "i", 1, count, -1, false, what + ", int32");
-  const uint32_t most = static_cast<uint32_t>(std::min<int64_t>(limit, INT32_MAX));
-  const auto is_beyond = [most](int32_t index) { return static_cast<uint32_t>(index) >= most; };
-  uint32_t beyond = 0;
-  for (int64_t i = 0; i < found.side(0); i++) beyond |= is_beyond(found.data()[i]);
-  if (beyond != 0) {
+  const int32_t last = static_cast<int32_t>(std::min<int64_t>(limit, INT32_MAX)) - 1;
+  uint32_t signs = 0;  // of an index below zero, and of what is left up to the last
+  for (int64_t i = 0; i < found.side(0); i++) {
+    const uint32_t index = static_cast<uint32_t>(found.data()[i]);
+    signs |= index | (static_cast<uint32_t>(last) - index);
+  }
+  if (signs >> 31 != 0) {
+    const auto is_beyond = [last](int32_t index) { return index < 0 || index > last; };
     const int32_t* bad = std::find_if(found.data(), found.data() + found.side(0), is_beyond);
     refuse("Expected indexes from 0 to " + text(limit - 1) + ", got " + text(*bad) + " — " + what + ".");
   }
@@ -116,7 +119,12 @@ nb::object unique(nb::handle ids_object, int servers) {
   return nb::make_tuple(list_of(std::move(found.ids)), list_of(std::move(found.ends)), list_of(std::move(found.inverse)));
 }
 
-void sum_rows_checked(nb::handle rows_object, nb::handle targets_object, nb::handle out_object, nb::handle sources_object,
+bool same_ids(nb::handle ids_object, nb::handle others_object) {
+  const Array<const int64_t> ids = ids_of(ids_object), others = ids_of(others_object);
+  return ids.side(0) == others.side(0) && std::memcmp(ids.data(), others.data(), static_cast<size_t>(ids.buffer().bytes())) == 0;
+}
+
+bool sum_rows_checked(nb::handle rows_object, nb::handle targets_object, nb::handle out_object, nb::handle sources_object,
                       nb::handle weights_object, int threads, const std::string& level_name) {
   const Level& level = level_of(level_name);
   threads_of(threads);
@@ -138,7 +146,7 @@ void sum_rows_checked(nb::handle rows_object, nb::handle targets_object, nb::han
   apart(out.buffer(), rows.buffer());
   nb::gil_scoped_release released;
   const PlainFloats plain;
-  sum_rows(sum, threads, *level.rows);
+  return sum_rows(sum, threads, *level.rows);
 }
 
 void take_rows_checked(nb::handle rows_object, nb::handle sources_object, nb::handle out_object, int threads) {
@@ -456,6 +464,7 @@ class PyTable {
 void add_tables(nb::module_& m) {
   m.def("bucket_of", &buckets, "ids"_a);
   m.def("unique", &unique, "ids"_a, "servers"_a = 1);
+  m.def("same_ids", &same_ids, "ids"_a, "others"_a);
   m.def("sum_rows", &sum_rows_checked, "rows"_a, "targets"_a, "out"_a, nb::kw_only(), "sources"_a = nb::none(), "weights"_a = nb::none(),
         "threads"_a = 1, "level"_a = "auto");
   m.def("take_rows", &take_rows_checked, "rows"_a, "sources"_a, "out"_a, nb::kw_only(), "threads"_a = 1);
