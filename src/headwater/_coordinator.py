@@ -1,13 +1,7 @@
 """One per job: membership, settings, and the moment a commit happens. Touches no tensor.
 
-The consistency policy decides which pushes make a commit; the coordinator carries the decision out on every server:
-
-    Prepare   apply beside the current state; a bad gradient is found here, its push refused, and Prepare said again
-    Flip      what was prepared is the state
-
-Both are said to all servers at once and answered by all before the next, so commit n is the same on every server. With
-clipping, Norms is asked first; where commits are kept, Persist comes between the two. One thread at a time executes; whichever thread
-completes a commit does it, so with one worker there is no hand-over.
+The consistency policy decides which pushes make a commit, and `_execution` carries the decision out on every server. One thread at a time
+executes; whichever thread completes a commit does it, so with one worker there is no hand-over.
 
 Where the job is durable and a server is lost, workers' connections are ended, what was sealed and not committed is forgotten, and when
 every server is there again all go to the same commit (`_recovery`). Workers come back by themselves and say again what did not count.
@@ -25,24 +19,22 @@ from functools import partial
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from headwater import _limits
 from headwater._book import Book, Change, Counted, new_history
 from headwater._consistency import Commit, Consistency, Policy, PushEntry, bsp
 from headwater._dense import Foreseen, Shard
 from headwater._errors import (
-    DisagreementError,
     HeadwaterError,
     InternalError,
     LayoutError,
-    NonFiniteError,
     PeerLostError,
     ProtocolError,
     SettingError,
     WaitTimeoutError,
     warn,
 )
+from headwater._execution import Execution, Refusals, Trained
 from headwater._layout import Layout, TensorSpec, difference
 from headwater._leases import DataSpec, Leases
 from headwater._messages import (
@@ -54,21 +46,14 @@ from headwater._messages import (
     Detach,
     Failed,
     FeedTo,
-    Flip,
-    Flipped,
-    Gather,
     Held,
     Hello,
     Initialised,
     Leased,
     LeaseTake,
     LetWrite,
-    Normed,
-    Norms,
     OpenTable,
     Persist,
-    Prepare,
-    Prepared,
     Register,
     Registered,
     Release,
@@ -83,7 +68,7 @@ from headwater._messages import (
     Welcome,
     WorkerStats,
 )
-from headwater._plan import Plan, scaled
+from headwater._plan import Plan
 from headwater._rows import TableSpec, spec_of
 from headwater._rows import difference as table_difference
 from headwater._snapshots import AskEach, Snapshots
@@ -189,7 +174,7 @@ class Coordinator:
         self._failure: HeadwaterError | None = None
         self._checked: tuple[tuple[float, ...], ...] | None = None  # scalars found valid last
         self._refused = 0
-        self._was_clipped = True  # the last commit; a guess at the next one
+        self._execution = Execution(self._ask, lambda identity: str(self._workers[identity]))
         self._start_s = time.monotonic()
         self.state: dict[str, bytes] = {}
         self.leases: dict[str, Leases] = {}  # by the dataset's name
@@ -429,7 +414,7 @@ class Coordinator:
             for leases in self.leases.values():
                 leases.go_back()
         self._commit, self._side, self._initialiser = book.commit, 0, None
-        self._was_clipped = True
+        self._execution = Execution(self._ask, lambda identity: str(self._workers[identity]))
         policy = self._policy = Policy(book.consistency, self._expected or book.expected)
         policy.commit = book.commit
         for worker in self._workers.values():
@@ -701,7 +686,7 @@ class Coordinator:
             self._plan = plan
             policy.commit = max(policy.commit, values.commit)  # a job may have come back from before it had tensors
             self.state.update(values.state)
-            self._flip(policy.commit, swap=False)
+            self._commit, self._side = policy.commit, self._execution.flip(policy.commit, swap=False)
             self._is_initialised = True
             self._keep_structure(tell)
             self._changed.notify_all()
@@ -919,7 +904,7 @@ class Coordinator:
             self._is_busy, self._spoken_to = True, list(self._servers)
             self._changed.release()
             failure: HeadwaterError | None = None
-            refusals: dict[int, HeadwaterError] | None = None
+            refusals: Refusals | None = None
             try:
                 refusals = self._execute(batch)
             except PeerLostError as error:
@@ -943,93 +928,20 @@ class Coordinator:
         is_free = not self._is_busy and not self._reserved and not self._is_held()
         return is_free and self._is_ready and self._failure is None
 
-    def _execute(self, batch: Sequence[Commit]) -> dict[int, HeadwaterError]:
-        """Apply commits on every server, without the pushes that turn out bad. Returns why, by identity.
-
-        A gradient that is not expected to need clipping is measured in the pass that applies it, and where it does, applied again.
-        Each other retry leaves out at least one push, so this ends.
-        """
-        refusals: dict[int, HeadwaterError] = {}
-        limit: float | None = getattr(self._optimizer, "clip_norm", None)
-        while True:
-            pushes = [[p for p in commit.pushes if p.worker not in refusals] for commit in batch]
-            specs, plan, kept = [], self._plan, list[int]()
-            assert plan is not None
-            assert self._optimizer is not None
-            is_measured = limit is not None and not self._was_clipped and len(batch) == 1
-            for i in [i for i, p in enumerate(pushes) if p]:
-                spec, after = plan.next(self._optimizer, pushes[i])
-                if not spec.rows:  # none of them has any gradient: nothing changes
-                    continue
-                if limit is not None and not is_measured:
-                    factor = _clip_factor(limit, self._ask(Norms(spec)))
-                    self._was_clipped = factor != 1.0
-                    spec = scaled(spec, factor)
-                specs.append(spec)
-                kept.append(i)
-                plan = after
-            if specs:
-                answers = self._ask(Prepare(batch[0].number, tuple(specs), is_measured))
-                bad = [a.bad for a in answers if isinstance(a, Prepared) and a.bad is not None]
-                if bad:
-                    for commit, push, tensor, element in bad:
-                        entry = pushes[kept[commit]][push]
-                        refusals[entry.worker] = self._bad_push(entry, tensor, element)
-                    continue
-                if limit is not None and is_measured and _clip_factor(limit, answers) != 1.0:
-                    self._was_clipped = True
-                    continue
-            if self._gather(batch, refusals):
-                continue
-            if self._keep is not None and self._keep.persists:
-                self._ask(Persist(self._change(batch, refusals, plan), bool(specs)))
-            self._flip(batch[-1].number, swap=bool(specs))
-            self._plan = plan
-            return refusals
-
-    def _flip(self, commit: int, *, swap: bool) -> None:
-        """Let what is prepared be the state."""
-        flipped = self._ask(Flip(commit, swap))[0]
-        assert isinstance(flipped, Flipped)
-        self._commit, self._side = commit, flipped.side
-
-    def _gather(self, batch: Sequence[Commit], refusals: dict[int, HeadwaterError]) -> bool:
-        """Let the rows that the batch's pushes have staged count with the flip to come. Returns whether that refuses one more."""
-        if not any(spec.is_staged for spec in self._tables):
-            return False
-        entries = {entry.worker: entry for commit in batch for entry in commit.pushes if entry.worker not in refusals}
-        total = sum(entry.weight for entry in entries.values())
-        pushes = [
-            (worker, sequence, entries[worker].weight / total if worker in entries else 0.0)
-            for commit in batch
-            for worker, sequence in commit.closes
-        ]
-        bad = {a.bad for a in self._ask(Gather(tuple(pushes))) if isinstance(a, Prepared) and a.bad is not None}
-        for _, push, tensor, element in bad:
-            worker = pushes[push][0]
-            refusals[worker] = self._bad_push(entries[worker], tensor, element)
-        return bool(bad)
-
-    def _bad_push(self, entry: PushEntry, tensor: int, element: int) -> HeadwaterError:
+    def _execute(self, batch: Sequence[Commit]) -> Refusals:
         assert self._layout is not None
-        if tensor == -2:
-            return DisagreementError(
-                f"Expected the same learning rate and other scalars from every worker for table {self._tables[element].name!r}, "
-                f"got others from {self._workers[entry.worker]}: give all workers the same schedule, or declare it with hw.asp()."
-            )
-        if tensor < 0:
-            return ProtocolError(
-                f"Expected push {entry.sequence} to lie whole on every server before its seal, got none."
-            )
-        spec = self._layout.specs[tensor]
-        kind = "values" if spec.is_averaged else "gradients"
-        return NonFiniteError(
-            f"Expected finite {kind}, got NaN or infinity in {spec.name!r} {spec.shape} at element {element} — "
-            f"{self._workers[entry.worker]}, push {entry.sequence}. The push counts nowhere and the clock is closed; "
-            "lower the learning rate, clip, or skip the step."
+        assert self._optimizer is not None
+        assert self._plan is not None
+        persists = self._keep is not None and self._keep.persists
+        done = self._execution.run(
+            batch,
+            Trained(self._layout, self._optimizer, self._plan, self._tables),
+            partial(self._change, batch) if persists else None,
         )
+        self._commit, self._side, self._plan = batch[-1].number, done.side, done.plan
+        return done.refusals
 
-    def _record(self, batch: Sequence[Commit], refusals: dict[int, HeadwaterError]) -> None:
+    def _record(self, batch: Sequence[Commit], refusals: Refusals) -> None:
         for identity, counted in self._counted(batch, refusals).items():
             worker = self._workers[identity]
             worker.pushes += 1
@@ -1042,7 +954,7 @@ class Coordinator:
             if not worker.live:
                 self._detach(identity)
 
-    def _counted(self, batch: Sequence[Commit], refusals: dict[int, HeadwaterError]) -> dict[int, Counted]:
+    def _counted(self, batch: Sequence[Commit], refusals: Refusals) -> dict[int, Counted]:
         """Return what these commits make of the workers whose clocks they close."""
         is_bsp = self._require_policy().consistency.kind == "bsp"
         found = {}
@@ -1060,7 +972,7 @@ class Coordinator:
                 )  # fmt: skip
         return found
 
-    def _change(self, batch: Sequence[Commit], refusals: dict[int, HeadwaterError], plan: Plan) -> Change:
+    def _change(self, batch: Sequence[Commit], refusals: Refusals, plan: Plan) -> Change:
         """Return what the book is told of these commits."""
         assert self._plan is not None
         is_split = plan.cells is not self._plan.cells
@@ -1406,16 +1318,6 @@ def _hear(connection: Connection) -> Received:
     while isinstance((received := connection.receive()).message, Waiting):
         pass
     return received
-
-
-def _clip_factor(limit: float, answers: Sequence[AnyMessage]) -> float:
-    """Return what a gradient with these sums of squares is multiplied by so that its global norm is at most `limit`."""
-    sums = [np.frombuffer(a.sums) for a in answers if isinstance(a, (Normed, Prepared))]
-    # fsum is exact before it rounds, so the norm does not depend on how many servers the blocks lie on.
-    total = math.fsum(np.concatenate(sums))
-    if not math.isfinite(total):
-        return 1.0  # a bad element: Prepare finds and names it
-    return min(1.0, limit / (math.sqrt(total) + 1e-6))
 
 
 def _as_text(error: HeadwaterError | None) -> tuple[str, str] | None:
