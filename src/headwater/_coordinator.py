@@ -176,6 +176,7 @@ class Coordinator:
         self._refused = 0
         self._execution = Execution(self._ask, lambda identity: str(self._workers[identity]))
         self._start_s = time.monotonic()
+        self._lost_s = -math.inf  # when a server was lost last that had no follower
         self.state: dict[str, bytes] = {}
         self.leases: dict[str, Leases] = {}  # by the dataset's name
 
@@ -190,12 +191,12 @@ class Coordinator:
         follows: where there is one by this index, it is to follow that.
         """
         with self._changed:
-            if follows and 0 <= index < self._server_count:
-                self._await_leader(index)
-                self._await_joining(index)
-            before = self._servers[index] if 0 <= index < self._server_count else None
-            if before is not None and before.has_ended:
-                self.lose_server(index)  # which shows later otherwise
+            if 0 <= index < self._server_count:
+                if follows:
+                    self._await_joining(index)
+                self._lose_if_ended(index)
+                if follows:
+                    self._await_leader(index)
             free = [i for i, server in enumerate(self._servers) if server is None]
             if follows and connections and 0 <= index < self._server_count and index not in free:
                 self._add_follower(index, _Server(address, connections))
@@ -216,13 +217,21 @@ class Coordinator:
             self._changed.notify_all()
             return index
 
+    def _lose_if_ended(self, index: int) -> None:
+        """Lose a server by this index whose end nobody has noticed yet."""
+        server = self._servers[index]
+        if server is not None and server.has_ended:
+            self.lose_server(index)
+
     def _await_leader(self, index: int) -> None:
-        """Where the coordinator has just been started, whoever leads may be still to come back; a follower in its place would be empty."""
+        """Wait a while for whoever leads to come back: a follower in its place would be empty, and only its connections may have ended, or
+        the coordinator may have been started just now."""
         while self._servers[index] is None and self._failure is None:
-            left_s = self._start_s + _limits.RETURN_S - time.monotonic()
+            left_s = max(self._start_s, self._lost_s) + _limits.RETURN_S - time.monotonic()
             if left_s <= 0:
                 return
             self._changed.wait(left_s)
+            self._lose_if_ended(index)
 
     def _await_joining(self, index: int) -> None:
         """Let an earlier follower that has died make room: one that is joining notices it by itself, one that is there is looked at."""
@@ -246,6 +255,7 @@ class Coordinator:
             self._servers[index] = self._followers.pop(index, None)
             if self._servers[index] is None:  # all go back, and followers have what is then given up
                 self._drop_followers()
+                self._lost_s = time.monotonic()
             if self._keep is None:
                 self._fail(
                     PeerLostError(
