@@ -733,7 +733,7 @@ def test_shared_memory_where_there_is_none_is_refused() -> None:
     with start_job(workers=1) as job:
         far = job.servers[0].address
         assert job.servers[0].coordinator is not None
-        (server,) = job.servers[0].coordinator._servers
+        (server,) = job.servers[0].coordinator._servers.here
         assert server is not None
         server.address = type(far)(far.tcp, far.unix, "another host")
         with (

@@ -529,7 +529,7 @@ def test_a_server_that_slept_too_long_comes_back_and_nothing_is_lost(
             monkeypatch.setattr(_limits, "SILENCE_S", 0.5)
             session.step(gradient(0))
             assert first.coordinator is not None
-            first.coordinator._servers[1].connection.set_timeout(0.5)  # type: ignore[union-attr]
+            first.coordinator._servers.here[1].connection.set_timeout(0.5)  # type: ignore[union-attr]
             for connection in session._peers._connections():
                 connection.set_timeout(0.5)
             for i in range(1, 4):

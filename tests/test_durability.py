@@ -111,7 +111,7 @@ class Cluster:
         coordinator = self.apart.coordinator
         assert coordinator is not None
         with coordinator._changed:  # else the state would be that of the last snapshot
-            assert coordinator._changed.wait_for(lambda: i in coordinator._followers, PATIENCE_S)
+            assert coordinator._changed.wait_for(lambda: i in coordinator._servers.followers, PATIENCE_S)
         self.servers[i].close()
         self.servers[i], self.followers[i] = self.followers[i], self.start_follower(i)
 

@@ -25,7 +25,7 @@ ORDER = [
     "optim", "durability", "_layout", "_consistency", "_leases", "_rows", "_book",
     "_files", "_log", "_sealed", "_snapshot", "_delta", "_versions", "_oip", "_metrics", "_messages", "_wire",
     "_plan", "_memory", "_transport", "_listener", "_table", "_dense",
-    "_snapshots", "_keeper", "_execution", "_coordinator", "_server",
+    "_snapshots", "_keeper", "_servers", "_execution", "_coordinator", "_server",
     "_data", "_rows_file", "_peers", "_dense_link", "_table_link", "_lookup", "_table_copy", "_publishing", "_session", "_subscription",
     "_replica", "_reader",
     "__init__",

@@ -219,7 +219,9 @@ class Job:
         if job is None or self.apart_process is None or not self.is_there(self.apart_process):
             return []
         known = [
-            server.address.tcp for server in (job._servers[index], job._followers.get(index)) if server is not None
+            server.address.tcp
+            for server in (job._servers.here[index], job._servers.followers.get(index))
+            if server is not None
         ]
         places = [place for place in range(len(self.servers)) if str(Address("tcp", "server", place)) in known]
         return [place for place in places if (process := self.server_processes[place]) and self.is_there(process)]
@@ -380,7 +382,7 @@ class Job:
         """Return the places of those that are not followers, by index, as far as they are there."""
         if not self.is_replicated:
             return [i for i, server in enumerate(self.servers) if server is not None]
-        known = [server.address.tcp for server in self.coordinator._servers if server is not None]
+        known = [server.address.tcp for server in self.coordinator._servers.here if server is not None]
         places = [int(address.rpartition(":")[2]) for address in known]
         return [place for place in places if self.servers[place] is not None]
 

@@ -38,7 +38,6 @@ from headwater._execution import Execution, Refusals, Trained
 from headwater._layout import Layout, TensorSpec, difference
 from headwater._leases import DataSpec, Leases
 from headwater._messages import (
-    AnyMessage,
     Assign,
     Committed,
     Declare,
@@ -71,8 +70,9 @@ from headwater._messages import (
 from headwater._plan import Plan
 from headwater._rows import TableSpec, spec_of
 from headwater._rows import difference as table_difference
+from headwater._servers import Server, Servers, hear
 from headwater._snapshots import AskEach, Snapshots
-from headwater._transport import Connection, Received
+from headwater._transport import Connection
 from headwater.optim import AnyOptimizer
 
 #: Tells a waiting peer for whom it waits; raises when the peer is gone.
@@ -114,19 +114,6 @@ class Worker:
         return f"worker {self.index} ({self.label})"
 
 
-class _Server:
-    """A server as the coordinator knows it. connection: None: it is the one in this process."""
-
-    def __init__(self, address: ServerAddress, connections: tuple[Connection, ...]) -> None:
-        self.address, self.connections = address, connections
-        self.connection = connections[0] if connections else None
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether it has died, which nobody may have noticed yet."""
-        return any(each.has_ended for each in self.connections)
-
-
 class Coordinator:
     """The job. It can be shared between threads."""
 
@@ -140,16 +127,14 @@ class Coordinator:
         keep: Snapshots | None = None,
     ) -> None:
         self._shard = shard
-        self._consistency, self._expected, self._server_count = consistency, workers, servers
+        self._consistency, self._expected = consistency, workers
         self._keep = keep
         self._changed = threading.Condition()
         self._policy: Policy | None = None
         self._workers: dict[int, Worker] = {}
-        self._servers: list[_Server | None] = [None] * servers
-        self._followers: dict[int, _Server] = {}  # by the index of whom they follow; those that have its state
+        self._servers = Servers(shard, servers, self.lose_server)
         self._structure_s = 0.0
         self._structure = 0  # rises when there is something new to register or declare
-        self._joining: dict[int, _Server] = {}  # those that have not
         self._is_ready = False  # every server is there, at the same commit
         self._generation = 0  # rises when a server is lost
         self._layout: Layout | None = None
@@ -165,16 +150,13 @@ class Coordinator:
         self._commit = self._side = 0
         self._queue: deque[Commit] = deque()
         self._settling = 0  # first snapshots of what was registered or declared that are being taken
-        self._is_busy = False  # somebody speaks to the servers
-        # By them; who takes the place of one meanwhile does not know what it is about.
-        self._spoken_to: list[_Server | None] | None = None
-        self._reserved = 0  # who wants to, before the next commit
+        self._reserved = 0  # who wants to speak to the servers before the next commit
         self._holder: tuple[int, float] | None = None
         self._publisher: int | None = None  # for whom the parameters are set aside
         self._failure: HeadwaterError | None = None
         self._checked: tuple[tuple[float, ...], ...] | None = None  # scalars found valid last
         self._refused = 0
-        self._execution = Execution(self._ask, lambda identity: str(self._workers[identity]))
+        self._execution = Execution(self._servers.ask, lambda identity: str(self._workers[identity]))
         self._start_s = time.monotonic()
         self._lost_s = -math.inf  # when a server was lost last that had no follower
         self.state: dict[str, bytes] = {}
@@ -191,24 +173,24 @@ class Coordinator:
         follows: where there is one by this index, it is to follow that.
         """
         with self._changed:
-            if 0 <= index < self._server_count:
+            if 0 <= index < self._servers.count:
                 if follows:
                     self._await_joining(index)
                 self._lose_if_ended(index)
                 if follows:
                     self._await_leader(index)
-            free = [i for i, server in enumerate(self._servers) if server is None]
-            if follows and connections and 0 <= index < self._server_count and index not in free:
-                self._add_follower(index, _Server(address, connections))
+            free = self._servers.missing()
+            if follows and connections and 0 <= index < self._servers.count and index not in free:
+                self._add_follower(index, Server(address, connections))
                 return index
             if not free:
                 raise SettingError(
-                    f"Expected {self._server_count} servers in this job, got one more: start it with --servers."
+                    f"Expected {self._servers.count} servers in this job, got one more: start it with --servers."
                 )
             if index >= 0 and index not in free:
                 raise SettingError(f"Expected server {index} to be missing, got another one by that number.")
             index = index if index >= 0 else free[0]
-            self._servers[index] = _Server(address, connections)
+            self._servers.here[index] = Server(address, connections)
             if len(free) == 1 and self._failure is None:
                 if self._keep is None:
                     self._is_ready = True
@@ -219,14 +201,14 @@ class Coordinator:
 
     def _lose_if_ended(self, index: int) -> None:
         """Lose a server by this index whose end nobody has noticed yet."""
-        server = self._servers[index]
+        server = self._servers.here[index]
         if server is not None and server.has_ended:
             self.lose_server(index)
 
     def _await_leader(self, index: int) -> None:
         """Wait a while for whoever leads to come back: a follower in its place would be empty, and only its connections may have ended, or
         the coordinator may have been started just now."""
-        while self._servers[index] is None and self._failure is None:
+        while self._servers.here[index] is None and self._failure is None:
             left_s = max(self._start_s, self._lost_s) + _limits.RETURN_S - time.monotonic()
             if left_s <= 0:
                 return
@@ -236,8 +218,8 @@ class Coordinator:
     def _await_joining(self, index: int) -> None:
         """Let an earlier follower that has died make room: one that is joining notices it by itself, one that is there is looked at."""
         self._changed.notify_all()
-        self._changed.wait_for(lambda: index not in self._joining, _limits.RETURN_S)
-        follower = self._followers.get(index)
+        self._changed.wait_for(lambda: index not in self._servers.joining, _limits.RETURN_S)
+        follower = self._servers.followers.get(index)
         if follower is not None and follower.has_ended:
             self.lose_follower(index)
 
@@ -247,14 +229,11 @@ class Coordinator:
         connection: the one that has ended; where another has taken its place nothing is lost.
         """
         with self._changed:
-            server = self._servers[index]
+            server = self._servers.here[index]
             if server is None or (connection is not None and server.connection is not connection):
                 return
-            for each in server.connections:
-                each.close()
-            self._servers[index] = self._followers.pop(index, None)
-            if self._servers[index] is None:  # all go back, and followers have what is then given up
-                self._drop_followers()
+            server.close()
+            if not self._servers.replace(index):
                 self._lost_s = time.monotonic()
             if self._keep is None:
                 self._fail(
@@ -270,22 +249,22 @@ class Coordinator:
             for worker in self._workers.values():
                 if worker.live:
                     self._send_away(worker)
-            if None not in self._servers:
+            if not self._servers.missing():
                 warn(f"server {index} is lost; its follower takes over")
                 self._start_assembling(self._keep)
             self._changed.notify_all()
 
-    def _add_follower(self, index: int, follower: _Server) -> None:
+    def _add_follower(self, index: int, follower: Server) -> None:
         """Bring a follower to the state of its server, beside training; from then on it has each commit before it is acknowledged."""
         self._check_failure()  # else it would come again and again
-        if index in self._followers or index in self._joining or self._keep is None:
+        if index in self._servers.followers or index in self._servers.joining or self._keep is None:
             raise SettingError(f"Expected server {index} to have no follower, got another one.")
-        self._joining[index] = follower
+        self._servers.joining[index] = follower
         threading.Thread(
             target=self._join_follower, args=(index, follower, self._keep), name="follower", daemon=True
         ).start()
 
-    def _join_follower(self, index: int, follower: _Server, keep: Snapshots) -> None:
+    def _join_follower(self, index: int, follower: Server, keep: Snapshots) -> None:
         connection = follower.connection
         assert connection is not None
         generation = self._generation
@@ -301,25 +280,24 @@ class Coordinator:
                 generation, structure = self._generation, self._structure
             taken = keep.take(self, lambda i: FeedTo(follower.address) if i == index else SnapshotGet())
             name = taken.path.rpartition("/")[2]
-            connection.send(Restore(name, taken.commit, index, self._server_count, follows=True))
-            answer = _hear(connection).message
+            connection.send(Restore(name, taken.commit, index, self._servers.count, follows=True))
+            answer = hear(connection).message
             if isinstance(answer, Failed):
                 raise answer.exception()
             with self._changed:
                 if (generation, structure) != (self._generation, self._structure) or follower.has_ended:
                     raise PeerLostError("Expected follower and job to stay as they are while it joins, got others.")
-                self._followers[index] = follower
-                if len(self._followers) == self._server_count:
+                self._servers.followers[index] = follower
+                if len(self._servers.followers) == self._servers.count:
                     self._structure_s = -math.inf  # all were there: who is lost from now on is not waited for
                 self._changed.notify_all()
         except HeadwaterError as error:
             if not isinstance(self._failure, PeerLostError):
                 warn(f"no follower for server {index} yet: {error}")
-            for each in follower.connections:  # it comes again
-                each.close()
+            follower.close()  # it comes again
         finally:
             with self._changed:
-                del self._joining[index]
+                del self._servers.joining[index]
                 self._changed.notify_all()
 
     def _await_followers(self, tell: Tell) -> None:
@@ -328,29 +306,27 @@ class Coordinator:
             return
         self._wait(
             lambda: (
-                len(self._followers) == self._server_count or time.monotonic() > self._structure_s + _limits.RETURN_S
+                len(self._servers.followers) == self._servers.count
+                or time.monotonic() > self._structure_s + _limits.RETURN_S
             ),
-            lambda: [f"a follower of server {i}" for i in range(self._server_count) if i not in self._followers],
+            lambda: [
+                f"a follower of server {i}" for i in range(self._servers.count) if i not in self._servers.followers
+            ],
             tell,
         )
 
     def lose_follower(self, index: int, connection: Connection | None = None) -> bool:
         """A follower has died, or has not got all; it may come again. Returns whether there was one, and this."""
         with self._changed:
-            follower = self._followers.get(index) or self._joining.get(index)
-            if follower is None or (connection is not None and follower.connection is not connection):
-                return False
-            self._followers.pop(index, None)
-            for each in follower.connections:
-                each.close()
+            was_there = self._servers.lose_follower(index, connection)
             self._changed.notify_all()
-            return True
+            return was_there
 
     def lose_feed(self, index: int, address: ServerAddress) -> None:
         """The server at this address cannot reach its follower, and is about to acknowledge what that lacks. Raises PeerLostError where
         the server is lost itself, and the follower may be in its place."""
         with self._changed:
-            server = self._servers[index] if 0 <= index < self._server_count else None
+            server = self._servers.get(index)
             is_here = server is not None and server.address == address
             if is_here and server is not None and server.has_ended:
                 self.lose_server(index)  # its follower has all that was acknowledged until now
@@ -358,13 +334,6 @@ class Coordinator:
             if not is_here:
                 raise PeerLostError(f"Expected server {index} as the job has it, got one that it has lost.")
             self.lose_follower(index)
-
-    def _drop_followers(self) -> None:
-        """Let all go; they come again, and get it all."""
-        for follower in self._followers.values():
-            for each in follower.connections:
-                each.close()
-        self._followers.clear()
 
     def _send_away(self, worker: Worker) -> None:
         """End a worker's connections; it comes back, or is let go."""
@@ -383,7 +352,7 @@ class Coordinator:
             with self.alone(restores=True) as ask_each:
                 if generation != self._generation:
                     return  # one was lost and replaced meanwhile, which has a thread of its own
-                book, is_all = keep.restore(self._server_count, ask_each)
+                book, is_all = keep.restore(self._servers.count, ask_each)
                 with self._changed:
                     if generation != self._generation:
                         return
@@ -424,7 +393,7 @@ class Coordinator:
             for leases in self.leases.values():
                 leases.go_back()
         self._commit, self._side, self._initialiser = book.commit, 0, None
-        self._execution = Execution(self._ask, lambda identity: str(self._workers[identity]))
+        self._execution = Execution(self._servers.ask, lambda identity: str(self._workers[identity]))
         policy = self._policy = Policy(book.consistency, self._expected or book.expected)
         policy.commit = book.commit
         for worker in self._workers.values():
@@ -516,7 +485,7 @@ class Coordinator:
                     worker = self._workers[hello.identity] = Worker(hello, self._place(hello))
                 worker.connections = [connection]
                 index = worker.index
-            servers = tuple(server.address for server in self._servers if server is not None)
+            servers = tuple(server.address for server in self._servers.here if server is not None)
             if not self._is_ready:
                 raise PeerLostError("Expected every server of the job to live, got the end of one: ask again.")
             kept = "" if self._keep is None else str(self._keep.durability)
@@ -531,7 +500,9 @@ class Coordinator:
         self._send_away(worker)
         self._when_idle()
         if not was_away and self._keep is not None and (self._layout is not None or self._tables):
-            self._ask(Detach(-1))  # nobody: why it came back is not known, and a server that is silent shows now
+            self._servers.ask(
+                Detach(-1)
+            )  # nobody: why it came back is not known, and a server that is silent shows now
         if not worker.live:
             self._unnoted.add(worker.identity)
             if any(w.live and w.index == worker.index for w in self._workers.values()):
@@ -544,7 +515,7 @@ class Coordinator:
         self._require_policy().withdraw(worker.identity)
 
     def _missing_servers(self) -> list[str]:
-        return [f"server {i}" for i, server in enumerate(self._servers) if server is None]
+        return [f"server {i}" for i in self._servers.missing()]
 
     def _adopt(self, hello: Hello) -> Policy:
         """Settings live here; a peer's wish decides where nobody has decided yet, and must agree afterwards."""
@@ -624,10 +595,10 @@ class Coordinator:
         if (self._layout is None and not self._tables) or self._failure is not None or not self._is_ready:
             return
         try:
-            while self._is_busy:
+            while self._servers.are_busy:
                 self._changed.wait()
             if self._is_ready and not self._workers[identity].live:
-                self._ask(Detach(identity))
+                self._servers.ask(Detach(identity))
         except PeerLostError:
             pass  # which has its own consequences
         except HeadwaterError as error:
@@ -652,7 +623,7 @@ class Coordinator:
                     self._require(identity)
                     if self._initialiser not in (None, identity) or self._is_initialised:
                         continue
-                    self._ask(LetWrite(identity))
+                    self._servers.ask(LetWrite(identity))
                     self._initialiser = identity
                     self._changed.notify_all()  # it may ask again already, on another connection
                     return Registered(True)
@@ -742,7 +713,7 @@ class Coordinator:
         self._structure, self._structure_s = self._structure + 1, time.monotonic()
         generation = self._generation
         try:
-            self._drop_followers()
+            self._servers.drop_followers()
             with self._unlocked():
                 self.take_snapshot(tell, FeedTo(None))
         except HeadwaterError as error:
@@ -761,7 +732,9 @@ class Coordinator:
         consistency = self._require_policy().consistency
         if register.optimizer.kind == "mean" and consistency.kind != "bsp":
             raise SettingError(f"Expected bsp for an optimizer that runs on the workers, got {consistency}.")
-        self._ask_each(lambda i: Assign(register.tensors, register.optimizer, i, self._server_count, consistency))
+        self._servers.ask_each(
+            lambda i: Assign(register.tensors, register.optimizer, i, self._servers.count, consistency)
+        )
         self._layout, self._optimizer = layout, register.optimizer
 
     def _compare(self, register: Register) -> None:
@@ -795,7 +768,9 @@ class Coordinator:
             self._wait(lambda: not self._settling, lambda: ["the first snapshot"], tell)
             if all(spec.name != wanted.name for spec in self._tables):
                 self._when_idle()  # nobody else speaks to the servers; and another may have declared it meanwhile
-                self._wait(lambda: not self._settling and not self._is_busy, lambda: ["the first snapshot"], tell)
+                self._wait(
+                    lambda: not self._settling and not self._servers.are_busy, lambda: ["the first snapshot"], tell
+                )
             for number, spec in enumerate(self._tables):
                 if spec.name == wanted.name:
                     differs = table_difference(spec, wanted)
@@ -806,7 +781,7 @@ class Coordinator:
                         )
                     return Declared(number, spec)
             number, spec = len(self._tables), self._new_table(wanted)
-            self._ask_each(lambda i: OpenTable(number, spec, i, self._server_count))
+            self._servers.ask_each(lambda i: OpenTable(number, spec, i, self._servers.count))
             self._tables.append(spec)
             self._keep_structure(tell)
             self._await_followers(tell)
@@ -857,7 +832,13 @@ class Coordinator:
         It is only a guess: whoever joins, leaves or loads before the push is whole makes it another commit.
         """
         with self._changed:
-            if self._shard is None or self._server_count > 1 or self._is_busy or self._queue or self._is_held():
+            if (
+                self._shard is None
+                or self._servers.count > 1
+                or self._servers.are_busy
+                or self._queue
+                or self._is_held()
+            ):
                 return None
             if self._plan is None or getattr(self._optimizer, "clip_norm", None) is not None:
                 return None  # the norm is known only when the gradient is whole
@@ -911,7 +892,7 @@ class Coordinator:
             if worker is not None and worker.answered >= sequence:
                 break
             batch = [self._queue.popleft() for _ in range(min(len(self._queue), _limits.QUEUE_COMMITS))]
-            self._is_busy, self._spoken_to = True, list(self._servers)
+            self._servers.begin()
             self._changed.release()
             failure: HeadwaterError | None = None
             refusals: Refusals | None = None
@@ -927,7 +908,7 @@ class Coordinator:
                 raise
             finally:
                 self._changed.acquire()
-                self._is_busy, self._spoken_to = False, None
+                self._servers.end()
                 if failure is not None:
                     self._fail(failure)
                 self._changed.notify_all()
@@ -935,7 +916,7 @@ class Coordinator:
                 self._record(batch, refusals)
 
     def _may_commit(self) -> bool:
-        is_free = not self._is_busy and not self._reserved and not self._is_held()
+        is_free = not self._servers.are_busy and not self._reserved and not self._is_held()
         return is_free and self._is_ready and self._failure is None
 
     def _execute(self, batch: Sequence[Commit]) -> Refusals:
@@ -1029,52 +1010,6 @@ class Coordinator:
         worker.refused += 1
         self._refused += 1
 
-    def _ask(self, message: AnyMessage) -> list[AnyMessage]:
-        """Say something to every server; answers in their order."""
-        return self._ask_each(lambda _: message)
-
-    def _ask_each(self, message: Callable[[int], AnyMessage]) -> list[AnyMessage]:
-        """Say something to every server, the one in this process last so that they work at the same time; answers in their order.
-
-        Raises PeerLostError when one is lost, and any error that one answers, when all that are left have answered.
-        """
-        found: dict[int, AnyMessage] = {}
-        remotes = []
-        for i, server in enumerate(self._spoken_to or self._servers):
-            if server is None:
-                raise PeerLostError(f"Expected every server of the job to live, got the end of server {i}.")
-            if server.connection is not None:
-                remotes.append((i, server.connection))
-        sent = [
-            (i, connection)
-            for i, connection in remotes
-            if self._reach(i, connection, partial(connection.send, message(i)))
-        ]
-        if self._shard is not None:
-            try:
-                found[0] = self._shard.handle(message(0))
-            except HeadwaterError as error:
-                found[0] = Failed(type(error).__name__, str(error))
-        for i, connection in sent:
-            received = self._reach(i, connection, partial(_hear, connection))
-            if isinstance(received, Received):
-                found[i] = received.message
-        for answer in found.values():
-            if isinstance(answer, Failed):
-                raise answer.exception()
-        if len(found) < self._server_count:
-            lost = next(i for i in range(self._server_count) if i not in found)
-            raise PeerLostError(f"Expected every server of the job to live, got the end of server {lost}.")
-        return [found[i] for i in range(self._server_count)]
-
-    def _reach(self, i: int, connection: Connection, act: Callable[[], object]) -> object:
-        """Send to or receive from a server; None where that shows that it is lost."""
-        try:
-            return act() or True
-        except (PeerLostError, WaitTimeoutError):
-            self.lose_server(i, connection)
-            return None
-
     @contextmanager
     def alone(self, *, restores: bool = False) -> Iterator[AskEach]:
         """Between two commits, keep the next one waiting and speak to the servers.
@@ -1084,21 +1019,21 @@ class Coordinator:
         with self._changed:
             self._reserved += 1
             try:
-                while self._is_busy:
+                while self._servers.are_busy:
                     self._check_failure()
                     self._changed.wait()
                 self._check_failure()
                 if not self._is_ready and not restores:
                     raise PeerLostError("Expected every server of the job to live, got the end of one: ask again.")
-                self._is_busy, self._spoken_to = True, list(self._servers)
+                self._servers.begin()
             finally:
                 self._reserved -= 1
                 self._changed.notify_all()
         try:
-            yield self._ask_each
+            yield self._servers.ask_each
         finally:
             with self._changed:
-                self._is_busy, self._spoken_to = False, None
+                self._servers.end()
                 self._drain()
                 self._changed.notify_all()
 
@@ -1163,14 +1098,14 @@ class Coordinator:
         """Keep commits waiting so that several planes can be read together, or written by a worker, for HOLD_S at most."""
         with self._changed:
             self._wait(
-                lambda: self._is_ready and not self._is_busy and not self._is_held(but=identity),
+                lambda: self._is_ready and not self._servers.are_busy and not self._is_held(but=identity),
                 lambda: ["another reader"],
                 tell,
             )
             self._holder = (identity, time.monotonic() + _limits.HOLD_S)
             if writes:
                 self._require(identity)
-                self._ask(LetWrite(identity))
+                self._servers.ask(LetWrite(identity))
             return self._described()
 
     def _described(self) -> Held:
@@ -1251,8 +1186,8 @@ class Coordinator:
             pushes = sum(w.pushes for w in self._workers.values())
             return Stats(
                 self._commit, time.monotonic() - self._start_s, self._layout.parameters if self._layout else 0,
-                pushes * size, pushes * size, self._refused, policy.consistency, self._server_count, tuple(rows),
-                tuple(self._tables), len(self._followers),
+                pushes * size, pushes * size, self._refused, policy.consistency, self._servers.count, tuple(rows),
+                tuple(self._tables), len(self._servers.followers),
             )  # fmt: skip
 
     def live_workers(self) -> int:
@@ -1291,7 +1226,7 @@ class Coordinator:
         """Wait until every commit that is decided is carried out."""
         deadline = time.monotonic() + _limits.HOLD_S
         self._drain()
-        while self._is_busy or self._queue or not self._is_ready:
+        while self._servers.are_busy or self._queue or not self._is_ready:
             self._check_failure()
             if not self._changed.wait(0.1) and time.monotonic() > deadline:
                 raise WaitTimeoutError(f"Expected a commit to end within {_limits.HOLD_S} s.")
@@ -1321,13 +1256,6 @@ class Coordinator:
         if self._policy is None:
             raise ProtocolError("Expected a worker to say Hello first.")
         return self._policy
-
-
-def _hear(connection: Connection) -> Received:
-    """Return a server's answer, however often it says first that it is at work."""
-    while isinstance((received := connection.receive()).message, Waiting):
-        pass
-    return received
 
 
 def _as_text(error: HeadwaterError | None) -> tuple[str, str] | None:
