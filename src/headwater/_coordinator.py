@@ -500,9 +500,8 @@ class Coordinator:
         self._send_away(worker)
         self._when_idle()
         if not was_away and self._keep is not None and (self._layout is not None or self._tables):
-            self._servers.ask(
-                Detach(-1)
-            )  # nobody: why it came back is not known, and a server that is silent shows now
+            # Nobody: why it came back is not known, and a server that is silent shows now.
+            self._servers.ask(Detach(-1))
         if not worker.live:
             self._unnoted.add(worker.identity)
             if any(w.live and w.index == worker.index for w in self._workers.values()):
