@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 
 import headwater as hw
-from headwater._session import connect_session
+from headwater._connect import connect_session
 
 PARAMETERS = 10_000
 START_S = 60.0  # until all workers have made a step

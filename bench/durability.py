@@ -27,11 +27,11 @@ from bench.crew import Outcome, Plan
 from bench.harness import BenchError, Contestant, Fleet, Process, end_command, interleave, read_line
 from bench.report import Check
 from bench.wreck import ADAM, SLOTS, Found, Page, Servers, adam_state, adam_step
+from headwater._connect import connect_session
 from headwater._dense import Shard
 from headwater._files import LocalFiles
 from headwater._keeper import Keeper
 from headwater._messages import Restore
-from headwater._session import connect_session
 
 WORKERS = 30
 STEP_S = 0.5  # thirty NumPy workers and their starts take a small part of two cores

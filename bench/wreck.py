@@ -23,7 +23,7 @@ import numpy as np
 
 import headwater as hw
 from bench.harness import BenchError, Fleet, Process, Step, end_command, read_line
-from headwater._session import connect_session
+from headwater._connect import connect_session
 
 STUCK_S = 30.0  # without any step: the job hangs
 LOOK_S = 0.0005  # between looks at the page

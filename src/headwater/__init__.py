@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from headwater import _errors as errors
     from headwater import durability, optim
+    from headwater._connect import connect_session as connect
     from headwater._consistency import Consistency, asp, bsp, ssp
     from headwater._data import LeasedData, Portion
     from headwater._lookup import Changes, Table, hash_ids
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from headwater._rows import Constant, Normal, RowPolicy, Uniform
     from headwater._server import Server
     from headwater._session import Session
-    from headwater._session import connect_session as connect
     from headwater._subscription import Subscription, subscribe
     from headwater._table_copy import TableCopy
     from headwater._versions import Version, Versions, Weights
@@ -91,7 +91,7 @@ _HOMES = {
     "Weights": "_versions:Weights",
     "asp": "_consistency:asp",
     "bsp": "_consistency:bsp",
-    "connect": "_session:connect_session",
+    "connect": "_connect:connect_session",
     "durability": "durability",
     "errors": "_errors",
     "hash_ids": "_lookup:hash_ids",

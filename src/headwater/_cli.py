@@ -288,7 +288,7 @@ def snapshot(address: str) -> None:
 
     The job's token is in HEADWATER_TOKEN.
     """
-    from headwater._session import connect_session
+    from headwater._connect import connect_session
 
     with connect_session(address, role="observer") as session:
         click.echo(session.take_snapshot())
@@ -337,8 +337,8 @@ def publish(source: str, store: str, tag: str | None, metrics: tuple[str, ...], 
     SOURCE is a running job's address, default $HEADWATER_ADDRESS, or the folder of a saved job or of a job's store. A job's token is in
     HEADWATER_TOKEN.
     """
+    from headwater._connect import connect_session
     from headwater._publishing import read_saved
-    from headwater._session import connect_session
     from headwater._versions import Versions
 
     numbers = {name: _number(name, text) for name, _, text in (metric.partition("=") for metric in metrics)}

@@ -21,9 +21,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from headwater._connect import connect_session
 from headwater._consistency import Consistency
 from headwater._errors import HeadwaterError, HostError, PeerLostError
-from headwater._session import Session, connect_session
+from headwater._session import Session
 from headwater._transport import Address
 from headwater.durability import Durability
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import signal
-import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -42,7 +40,6 @@ from headwater._messages import (
     Declared,
     Done,
     Held,
-    Hello,
     Hold,
     Initialised,
     Leased,
@@ -62,20 +59,18 @@ from headwater._messages import (
     Stats,
     StatsGet,
 )
-from headwater._peers import Peers, nearest
+from headwater._peers import Peers
 from headwater._plan import pack_absent
 from headwater._publishing import Publication, Publisher
 from headwater._rows import AnyInitial, RowPolicy, TableSpec, WholeRows, spec_of
 from headwater._snapshot import Manifest
 from headwater._table_link import Link
-from headwater._transport import Address, new_identity, process_label
+from headwater._transport import new_identity
 from headwater._versions import KEEP
-from headwater.durability import Durability, snapshot
 from headwater.optim import SGD, AnyOptimizer, RowOptimizer
 
 if TYPE_CHECKING:
     from headwater._sealed import File
-    from headwater._server import Server
     from headwater._snapshot import Planes
 
 _M = TypeVar("_M")
@@ -976,92 +971,17 @@ class Session:
         return self._layout, self._dense
 
 
-def connect_session(
-    address: str | None = None,
-    *,
-    consistency: Consistency | None = None,
-    workers: int | None = None,
-    transport: str | None = None,
-    token: str | None = None,
-    timeout_s: float = 600.0,
-    durability: Durability | None = None,
-    store: str | None = None,
-    resume: bool = False,
-    role: str = "worker",
-) -> Session:
-    """Connect to a job, or start one inside this process, and return this worker's session.
-
-    address: the job's first server, such as tcp://10.0.0.5:7077; default $HEADWATER_ADDRESS; with neither, a server is embedded
-    in this process and the script runs alone. consistency: `bsp()` (default), `ssp(staleness)` or `asp()`; it is the job's, so
-    leave it out where the server was told. workers: how many the job waits for at its start; default $HEADWATER_WORKERS.
-    transport: "auto" takes shared memory where it can, "shm" insists on it, "tcp" does without; default
-    $HEADWATER_TRANSPORT, or auto. token: default
-    $HEADWATER_TOKEN. timeout_s: how long any wait may last; past it a WaitTimeoutError says for whom.
-    durability: what the job survives, `hw.durability.snapshot()` (default where there is a store) or `log()`; it is the job's, so
-    leave it out where the servers were told. store: the folder or fsspec URL where a job in this process is kept, with a last snapshot
-    when the session is closed; resume: go on from what lies there, if anything does; else it must be empty.
-
-    SIGTERM, by which a machine says that it is taken away, then ends a worker's process as the end of its script does, with exit status
-    143: what is sealed counts, the session is closed, and after _limits.TERMINATE_S the process is killed. That holds where the script
-    has no handler of its own and connects in the main thread; Python runs handlers there, between two of its instructions.
-
-    Raises UnreachableError, AuthenticationError, SettingError.
-    """
-    transport = transport or os.environ.get("HEADWATER_TRANSPORT") or "auto"
-    if transport not in ("auto", "shm", "tcp"):
-        raise SettingError(f"Expected transport auto, shm or tcp, got {transport!r}.")
-    text = address or os.environ.get("HEADWATER_ADDRESS") or None
-    hello = Hello(
-        token=token if token is not None else os.environ.get("HEADWATER_TOKEN", ""),
-        role=role,
-        identity=new_identity(),
-        index=_environment_number("HEADWATER_WORKER", -1 if text else 0) if role == "worker" else -1,
-        workers=(_environment_number("HEADWATER_WORKERS", 0) if workers is None else workers) if text else 0,
-        consistency=consistency,
-        label=process_label(),
-    )
-    target = Address.parse(text) if text else None
-    if target is None:
-        server = _embed(hello, durability, store, resume=resume)
-        try:
-            return Session(
-                Peers(None, hello, transport=transport, timeout_s=timeout_s, server=server, owns_server=True)
-            )
-        except BaseException:
-            server.close()
-            raise
-    if store is not None or resume:
-        raise SettingError(f"Expected a store for a job in this process only, got one for {target}, which has its own.")
-    if role == "worker":
-        _exit_on_sigterm()
-    if target.kind == "tcp" and target.is_local and transport != "tcp":
-        target = nearest(target, hello, timeout_s)
-    return Session(Peers(target, hello, transport=transport, timeout_s=timeout_s, durability=durability))
-
-
-def _embed(hello: Hello, durability: Durability | None, store: str | None, *, resume: bool) -> Server:
-    """Start a server for a job in this process."""
-    from headwater._server import Server  # only who serves pays for it at start
-
-    if store is None and (durability is not None or resume):
-        raise SettingError("Expected a store with durability or resume, got none: connect(store='runs/a', …).")
-    if store is not None:
-        durability = durability or snapshot()
-    return Server(
-        token=hello.token, consistency=hello.consistency, workers=1, durability=durability, store=store or "", resumes=resume
-    )  # fmt: skip
-
-
 def _has_launcher() -> bool:
     """Whether there is anybody to start a server of this job again: `headwater run` lives, or it was never there."""
-    launcher = _environment_number("HEADWATER_LAUNCHER", 0)
+    launcher = environment_number("HEADWATER_LAUNCHER", 0)
     try:
         return not launcher or Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
 
 
-def _environment_number(name: str, default: int) -> int:
+def environment_number(name: str, default: int) -> int:
+    """Return a number that the environment has by this name, of 0 or more, or the default."""
     text = os.environ.get(name, "")
     if not text:
         return default
@@ -1085,24 +1005,8 @@ def _close_all() -> None:
         session.close()
 
 
-def _exit_on_sigterm() -> None:
-    """Let SIGTERM raise SystemExit in the main thread, unless it has a meaning already."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _exit)
-
-
-def _exit(number: int, _: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(_limits.TERMINATE_S)  # not a thread of Python's: that would wait for whoever holds the interpreter
-    raise SystemExit(128 + number)
-
-
 def _close_in_child() -> None:
     """A forked child must not keep the parent's connections open: its death would go unnoticed."""
-    if signal.getsignal(signal.SIGTERM) is _exit:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for session in list(_open_sessions):
         session.abandon()
 

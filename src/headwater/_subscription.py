@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from headwater import _limits
+from headwater._connect import connect_session
 from headwater._errors import HeadwaterError, LayoutError, SettingError, UsageError, WaitTimeoutError, debug, warn
 from headwater._messages import State, StateGet
 from headwater._publishing import read_store
-from headwater._session import connect_session
 from headwater._versions import Room, Version, Versions, Weights, check_nothing_left
 
 

@@ -19,9 +19,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from headwater import optim
+from headwater._connect import connect_session
 from headwater._errors import ClosedError, LayoutError, SettingError, UsageError
 from headwater._layout import ALIGN_BYTES
-from headwater._session import Session, connect_session
+from headwater._session import Session
 
 try:
     import jax

@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 
 from headwater import optim
+from headwater._connect import connect_session
 from headwater._errors import LayoutError, SettingError, UsageError
 from headwater._layout import AVERAGED, TensorSpec
 from headwater._plan import pack_absent
 from headwater._sealed import natural
-from headwater._session import Session, Start, connect_session
+from headwater._session import Session, Start
 from headwater._versions import Weights, as_float, check_nothing_left
 
 try:

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 from headwater import optim
+from headwater._connect import connect_session
 from headwater._errors import ClosedError, LayoutError, SettingError, UsageError
 from headwater._layout import AVERAGED, TensorSpec
 from headwater._plan import pack_absent
-from headwater._session import Session, connect_session
+from headwater._session import Session
 from headwater._table_copy import TableCopy
 from headwater._torch_embedding import Embedding, EmbeddingBag
 from headwater._versions import Weights, check_nothing_left
