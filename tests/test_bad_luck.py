@@ -16,7 +16,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import msgspec
 import numpy as np
@@ -27,10 +30,12 @@ from test_processes import WORKERS, Machine, Output
 
 import headwater as hw
 from headwater import _limits, durability, errors
+from headwater._coordinator import Coordinator
 from headwater._files import LocalFiles
 from headwater._keeper import Keeper
 from headwater._log import LogReader
-from headwater._messages import Committed, Restore
+from headwater._messages import Committed, Restore, ServerAddress
+from headwater._snapshots import Snapshots
 from headwater._transport import Address, SocketConnection
 
 SGD = hw.optim.SGD(lr=1.0)
@@ -875,6 +880,47 @@ def test_a_push_of_an_old_sequence_is_answered_and_counts_no_second_time(tmp_pat
         with cluster.connect() as other:
             other.register(SMALL, SGD)
             assert_equal_bits(read_all(other), before)
+
+
+def enrolment(coordinator: Coordinator, name: str, *, follows: bool = True) -> tuple[mock.Mock, Callable[[], int]]:
+    """Let server 0, or what is to follow it, ask for its place; returns its connection, and what waits for the answer."""
+    connection = mock.Mock(has_ended=False)
+    address = ServerAddress(f"tcp://{name}:1", "", name)
+    future: Future[int] = Future()
+
+    def ask() -> None:
+        try:
+            future.set_result(coordinator.add_server(address, connection, index=0, follows=follows))
+        except errors.HeadwaterError as error:
+            future.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return connection, partial(future.result, PATIENCE_S)
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_follower_that_broke_off_while_it_waited_is_not_in_the_way(
+    comes_back: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for whoever leads to come back, breaks off, and comes again; then the leader is there, or is given up."""
+    monkeypatch.setattr(_limits, "RETURN_S", PATIENCE_S if comes_back else 0.3)
+    keep = mock.Mock(spec=Snapshots, has_log=False, persists=True, durability=durability.replicated(1))
+    keep.restore.return_value = None, False
+    keep.take.side_effect = errors.StorageError("no disk")
+    coordinator = Coordinator(None, consistency=hw.bsp(), workers=1, servers=1, keep=keep)
+    broken, first = enrolment(coordinator, "first")
+    broken.has_ended = True
+    second_connection, second = enrolment(coordinator, "second")
+    if comes_back:
+        leader, lead = enrolment(coordinator, "leader", follows=False)
+        assert lead() == 0
+    assert second() == 0
+    with pytest.raises(errors.PeerLostError, match="waits for its place"):
+        first()
+    (server,) = coordinator._servers.here
+    assert server is not None
+    assert server.connection is (leader if comes_back else second_connection)
+    coordinator.close()
 
 
 # What rests on the servers.

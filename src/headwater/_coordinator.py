@@ -158,7 +158,9 @@ class Coordinator:
         self._refused = 0
         self._execution = Execution(self._servers.ask, lambda identity: str(self._workers[identity]))
         self._start_s = time.monotonic()
-        self._lost_s = -math.inf  # when a server was lost last that had no follower
+        self._lost_s = [
+            self._start_s
+        ] * servers  # when each was lost last without a follower; at the start nobody is there
         self.state: dict[str, bytes] = {}
         self.leases: dict[str, Leases] = {}  # by the dataset's name
 
@@ -170,18 +172,17 @@ class Coordinator:
         """Take in a server and return its index, which is free for it.
 
         connections: on which it answers, and that on which it came: it notices that it is lost when they end. None: it is in this process.
-        follows: where there is one by this index, it is to follow that.
+        follows: where there is one by this index, it is to follow that; it waits for that one, and for another follower to go, for RETURN_S
+        each at most. Raises PeerLostError when it has ended meanwhile.
         """
         with self._changed:
-            if 0 <= index < self._servers.count:
-                if follows:
-                    self._await_joining(index)
-                self._lose_if_ended(index)
-                if follows:
-                    self._await_leader(index)
+            newcomer = Server(address, connections)
+            self._lose_if_ended(index)
+            if follows and 0 <= index < self._servers.count:
+                self._await_place(index, newcomer)
             free = self._servers.missing()
             if follows and connections and 0 <= index < self._servers.count and index not in free:
-                self._add_follower(index, Server(address, connections))
+                self._add_follower(index, newcomer)
                 return index
             if not free:
                 raise SettingError(
@@ -190,7 +191,7 @@ class Coordinator:
             if index >= 0 and index not in free:
                 raise SettingError(f"Expected server {index} to be missing, got another one by that number.")
             index = index if index >= 0 else free[0]
-            self._servers.here[index] = Server(address, connections)
+            self._servers.here[index] = newcomer
             if len(free) == 1 and self._failure is None:
                 if self._keep is None:
                     self._is_ready = True
@@ -201,27 +202,34 @@ class Coordinator:
 
     def _lose_if_ended(self, index: int) -> None:
         """Lose a server by this index whose end nobody has noticed yet."""
-        server = self._servers.here[index]
+        server = self._servers.get(index)
         if server is not None and server.has_ended:
             self.lose_server(index)
 
-    def _await_leader(self, index: int) -> None:
-        """Wait a while for whoever leads to come back: a follower in its place would be empty, and only its connections may have ended, or
-        the coordinator may have been started just now."""
-        while self._servers.here[index] is None and self._failure is None:
-            left_s = max(self._start_s, self._lost_s) + _limits.RETURN_S - time.monotonic()
+    def _await_place(self, index: int, newcomer: Server) -> None:
+        """Let a follower-to-be wait for whoever leads, who may be about to come back: in that place it would be empty.
+
+        And for an earlier follower that has died to make room: one that is joining notices that by itself, one that is there is looked at.
+        """
+        self._changed.notify_all()
+        patience_s = time.monotonic() + _limits.RETURN_S
+        while self._failure is None:
+            if newcomer.has_ended:
+                raise PeerLostError("Expected a server that waits for its place to live, got its end.")
+            self._lose_if_ended(index)
+            follower = self._servers.followers.get(index)
+            if follower is not None and follower.has_ended:
+                self.lose_follower(index)
+            if self._servers.here[index] is None:
+                until_s = self._lost_s[index] + _limits.RETURN_S
+            elif index in self._servers.joining:
+                until_s = patience_s
+            else:
+                return
+            left_s = until_s - time.monotonic()
             if left_s <= 0:
                 return
             self._changed.wait(left_s)
-            self._lose_if_ended(index)
-
-    def _await_joining(self, index: int) -> None:
-        """Let an earlier follower that has died make room: one that is joining notices it by itself, one that is there is looked at."""
-        self._changed.notify_all()
-        self._changed.wait_for(lambda: index not in self._servers.joining, _limits.RETURN_S)
-        follower = self._servers.followers.get(index)
-        if follower is not None and follower.has_ended:
-            self.lose_follower(index)
 
     def lose_server(self, index: int, connection: Connection | None = None) -> None:
         """A server has died. Everybody is told; where the job is durable it goes on when the server is back.
@@ -234,7 +242,7 @@ class Coordinator:
                 return
             server.close()
             if not self._servers.replace(index):
-                self._lost_s = time.monotonic()
+                self._lost_s[index] = time.monotonic()
             if self._keep is None:
                 self._fail(
                     PeerLostError(
@@ -326,12 +334,9 @@ class Coordinator:
         """The server at this address cannot reach its follower, and is about to acknowledge what that lacks. Raises PeerLostError where
         the server is lost itself, and the follower may be in its place."""
         with self._changed:
+            self._lose_if_ended(index)  # its follower has all that was acknowledged until now
             server = self._servers.get(index)
-            is_here = server is not None and server.address == address
-            if is_here and server is not None and server.has_ended:
-                self.lose_server(index)  # its follower has all that was acknowledged until now
-                is_here = False
-            if not is_here:
+            if server is None or server.address != address:
                 raise PeerLostError(f"Expected server {index} as the job has it, got one that it has lost.")
             self.lose_follower(index)
 
@@ -393,7 +398,7 @@ class Coordinator:
             for leases in self.leases.values():
                 leases.go_back()
         self._commit, self._side, self._initialiser = book.commit, 0, None
-        self._execution = Execution(self._servers.ask, lambda identity: str(self._workers[identity]))
+        self._execution.forget()
         policy = self._policy = Policy(book.consistency, self._expected or book.expected)
         policy.commit = book.commit
         for worker in self._workers.values():

@@ -57,6 +57,10 @@ class Execution:
 
     def __init__(self, ask: Ask, names: Callable[[int], str]) -> None:
         self._ask, self._names = ask, names
+        self.forget()
+
+    def forget(self) -> None:
+        """Know nothing of the commit before the next one: the job has come back."""
         self._was_clipped = True  # the last commit; a guess at the next one
 
     def run(
