@@ -313,7 +313,7 @@ def test_unique_of_many_ids_is_numpys() -> None:
 @pytest.mark.parametrize("in_order", [False, True])
 def test_sums_are_those_from_the_left_to_the_right(in_order: bool, routed: bool, weighted: bool) -> None:
     rng = np.random.default_rng(0)
-    count, dim = 20_000, 19
+    count, dim = 20_000, 23  # a wide vector of any level, a narrow one, and what is left
     targets = rng.integers(0, 300, count, dtype=np.int32)
     if in_order:  # as `unique` numbers them; and some have no row
         targets = _kernels.unique(targets.astype(np.int64))[2]
@@ -332,7 +332,7 @@ def test_sums_are_those_from_the_left_to_the_right(in_order: bool, routed: bool,
             assert out.tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("dim", [1, 16, 19])
+@pytest.mark.parametrize("dim", [1, 4, 16, 23])
 def test_sums_that_are_not_finite_are_told(dim: int) -> None:
     targets = np.array([0, 1, 0, 2], np.int32)
     most = float(np.finfo(np.float32).max)

@@ -11,12 +11,14 @@ namespace {
 
 constexpr int64_t kAhead = 16;    // how far ahead of its use memory is asked for
 constexpr int64_t kBlock = 1024;  // ids
+constexpr int64_t kFew = 1 << 18;  // ids
 
 }  // namespace
 
 Unique unique_ids(const int64_t* ids, int64_t count, int servers) {
+  const int64_t room = count <= kFew ? 4 : 2;  // places for each id: the more the fewer meet, as long as they lie in a cache
   int bits = 6;
-  while (int64_t{1} << bits < 4 * count) bits++;
+  while (int64_t{1} << bits < room * count) bits++;
   const size_t places = size_t{1} << bits;
   std::vector<int32_t> table(places, -1);  // place → number of the distinct id that hashes there
   // One multiplication: ids come from this process, so nobody has chosen them to meet.
@@ -27,7 +29,7 @@ Unique unique_ids(const int64_t* ids, int64_t count, int servers) {
 
   Unique found;
   found.inverse.resize(static_cast<size_t>(count));
-  std::vector<int64_t> distinct(static_cast<size_t>(count) + 1);
+  std::vector<int64_t> distinct(static_cast<size_t>(count));
   int32_t known = 0;
   const auto number_some = [&](int64_t first, int64_t limit, auto guess) {
     const auto number_at = [&](size_t place) {

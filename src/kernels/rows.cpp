@@ -253,36 +253,44 @@ void fill(const Start& start, uint64_t key, float* out, int64_t dim) {
   }
 }
 
-inline void note_largest(int32_t& largest, float value) {
-  int32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  bits &= 0x7fffffff;
-  if (bits > largest) largest = bits;
-}
-inline void note_largest(Ints& largest, const Floats& value) {
-  const Ints bits = (Ints)value & 0x7fffffff;
-  largest = bits > largest ? bits : largest;
-}
+// What is wider than the CPU has goes through memory.
+#if defined(__AVX512F__)
+constexpr int kWide = 64;
+#elif defined(__AVX2__)
+constexpr int kWide = 32;
+#else
+constexpr int kWide = 16;
+#endif
+typedef float Wide __attribute__((vector_size(kWide)));
+typedef int32_t WideBits __attribute__((vector_size(kWide)));
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t FourBits __attribute__((vector_size(16)));
 
-// What has become NaN or infinite stays so: to look at each sum on the way is to look at all of them.
+// out = (out & seen) + weight·row, without a branch on whether anything is there. What has become NaN or infinite stays so: to look at
+// each sum on the way is to look at all of them. largest: of their bits but for the sign.
 template <class V, class Bits>
-inline void add_to(float* out, uintptr_t seen, const float* row, float weight, Bits& largest) {
-  static constexpr float kZeros[kLanes] = {};
+inline void add_to(float* out, int32_t seen, const float* row, float weight, Bits& largest) {
+  Bits bits;
   V value, more;
-  load(value, reinterpret_cast<const float*>((reinterpret_cast<uintptr_t>(out) & seen) | (reinterpret_cast<uintptr_t>(kZeros) & ~seen)));
+  __builtin_memcpy(&bits, out, sizeof bits);
+  bits &= seen;
+  __builtin_memcpy(&value, &bits, sizeof value);
   load(more, row);
   value += weight * more;
   store(out, value);
-  note_largest(largest, value);
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  bits &= 0x7fffffff;
+  largest = bits > largest ? bits : largest;
 }
 
 template <bool kWeighted, bool kRouted>
 bool sum_as(const RowSum& whole, int64_t first, int64_t limit) {
   constexpr int64_t kAhead = 16;  // rows
   const RowSum sum = whole;       // where no store can change it
-  const int64_t dim = sum.dim, even = dim / kLanes * kLanes;
-  Ints largest = {};
-  int32_t largest_left = 0;
+  const int64_t dim = sum.dim;
+  WideBits widest = {};
+  FourBits fours = {};
+  int32_t largest = 0;
   int64_t known = first;  // the targets below it hold a sum, be it zero
   const auto clear_to = [&](int64_t target) {
     std::memset(sum.out + known * dim, 0, static_cast<size_t>((target - known) * dim) * sizeof(float));
@@ -292,14 +300,15 @@ bool sum_as(const RowSum& whole, int64_t first, int64_t limit) {
     const int64_t target = sum.targets[i];
     if (target < first || target >= limit) return;
     if (target > known) clear_to(target);
-    const uintptr_t is_first = target == known, seen = is_first - 1;
+    const int32_t is_first = target == known, seen = is_first - 1;
     known += is_first;
     const float weight = kWeighted ? sum.weights[i] : 1.0f;
     const float* row = sum.rows + (kRouted ? sum.sources[i] : i) * dim;
     float* out = sum.out + target * dim;
     int64_t j = 0;
-    for (; j < even; j += kLanes) add_to<Floats>(out + j, seen, row + j, weight, largest);
-    for (; j < dim; j++) add_to<float>(out + j, seen, row + j, weight, largest_left);
+    for (; j + kWide / 4 <= dim; j += kWide / 4) add_to<Wide>(out + j, seen, row + j, weight, widest);
+    for (; j + 4 <= dim; j += 4) add_to<Four>(out + j, seen, row + j, weight, fours);
+    for (; j < dim; j++) add_to<float>(out + j, seen, row + j, weight, largest);
   };
   int64_t i = 0;
   for (; i + kAhead < sum.count; i++) {
@@ -309,8 +318,9 @@ bool sum_as(const RowSum& whole, int64_t first, int64_t limit) {
   }
   for (; i < sum.count; i++) add_one(i);
   clear_to(limit);
-  for (int64_t lane = 0; lane < kLanes; lane++) largest_left = largest[lane] > largest_left ? largest[lane] : largest_left;
-  return largest_left < 0x7f800000;
+  for (int lane = 0; lane < kWide / 4; lane++) largest = widest[lane] > largest ? widest[lane] : largest;
+  for (int lane = 0; lane < 4; lane++) largest = fours[lane] > largest ? fours[lane] : largest;
+  return largest < 0x7f800000;
 }
 
 bool sum(const RowSum& sum, int64_t first, int64_t limit) {
