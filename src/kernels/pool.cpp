@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <time.h>
 #include <unistd.h>
@@ -11,6 +12,7 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <vector>
 
 #include "passes.h"
 
@@ -23,6 +25,17 @@ int64_t now_ns() {
   timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
   return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
+// CPUs that this process may use, as far as the system tells.
+std::vector<int> usable_cpus() {
+  std::vector<int> found;
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) != 0) return found;
+  for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+    if (CPU_ISSET(cpu, &set)) found.push_back(cpu);
+  }
+  return found;
 }
 
 struct Work {
@@ -42,12 +55,17 @@ class Pool {
  public:
   const pid_t owner = getpid();
 
-  bool try_run(Work& work, int helpers) {
+  // threads: the caller's among them. Where there is one for each CPU, each CPU has a helper that stays there, and one more is asked: that
+  // of the caller's own is of no use. Else Linux may leave the only one queued behind another process while the next CPU falls idle.
+  bool try_run(Work& work, int helpers, int threads) {
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     if (!turn.owns_lock()) return false;
+    const int cpus = static_cast<int>(cpus_.size());
+    const bool fills = cpus > 1 && threads >= cpus;
+    if (fills) helpers++;
     {
       std::lock_guard<std::mutex> hold(lock_);
-      grow(helpers);
+      grow(fills ? std::max(helpers, cpus) : helpers, fills);
       work_ = &work;
       wanted_ = helpers;
     }
@@ -75,16 +93,29 @@ class Pool {
     done_.wait(hold, [this] { return active_.load(std::memory_order_acquire) == 0; });
   }
 
-  void grow(int helpers) {
+  void grow(int helpers, bool stay) {
     sigset_t all, old;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);  // signals are for the program's own threads
     try {
-      for (; size_ < helpers; size_++) std::thread([this] { serve(); }).detach();
+      for (; size_ < helpers; size_++) {
+        const int cpu = stay && size_ < static_cast<int>(cpus_.size()) ? cpus_[static_cast<size_t>(size_)] : -1;
+        std::thread([this, cpu] {
+          if (cpu >= 0) stay_on(cpu);
+          serve();
+        }).detach();
+      }
     } catch (const std::system_error&) {
       // Fewer threads than asked for: slower, and the same result.
     }
     pthread_sigmask(SIG_SETMASK, &old, nullptr);
+  }
+
+  static void stay_on(int cpu) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+    sched_setaffinity(0, sizeof set, &set);  // where it may not, it runs anywhere
   }
 
   void serve() {
@@ -101,6 +132,7 @@ class Pool {
     }
   }
 
+  const std::vector<int> cpus_ = usable_cpus();
   std::mutex turn_;  // held by the caller whose work it is
   std::mutex lock_;  // guards what follows
   std::condition_variable wake_, done_;
@@ -128,7 +160,7 @@ Pool& pool() {
 void run_tasks(int64_t count, int threads, const std::function<bool(int64_t)>& task) {
   Work work{task, count};
   const int helpers = static_cast<int>(std::min<int64_t>(threads, count)) - 1;
-  if (helpers < 1 || !pool().try_run(work, helpers)) work.take_all();
+  if (helpers < 1 || !pool().try_run(work, helpers, threads)) work.take_all();
 }
 
 }  // namespace headwater
