@@ -181,7 +181,7 @@ class Coordinator:
             if follows and 0 <= index < self._servers.count:
                 self._await_place(index, newcomer)
             free = self._servers.missing()
-            if follows and connections and 0 <= index < self._servers.count and index not in free:
+            if follows and connections and self._servers.get(index) is not None:
                 self._add_follower(index, newcomer)
                 return index
             if not free:

@@ -9,8 +9,8 @@
 namespace headwater {
 namespace {
 
-constexpr int64_t kAhead = 16;    // how far ahead of its use memory is asked for
-constexpr int64_t kBlock = 1024;  // ids
+constexpr int64_t kAhead = 16;     // how far ahead of its use memory is asked for
+constexpr int64_t kBlock = 1024;   // ids
 constexpr int64_t kFew = 1 << 18;  // ids
 
 }  // namespace

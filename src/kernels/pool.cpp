@@ -69,8 +69,7 @@ class Pool {
       work_ = &work;
       wanted_ = helpers;
     }
-    if (helpers == 1) wake_.notify_one();
-    else wake_.notify_all();
+    for (int i = 0; i < helpers; i++) wake_.notify_one();  // not all: there may be many more of them
     work.take_all();
     close();
     return true;

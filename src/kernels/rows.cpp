@@ -19,6 +19,7 @@ namespace headwater {
 namespace {
 
 typedef float Floats __attribute__((vector_size(64)));  // sixteen
+typedef float Four __attribute__((vector_size(16)));
 constexpr int64_t kLanes = 16;
 
 inline float root(float x) { return __builtin_sqrtf(x); }
@@ -136,7 +137,6 @@ void step(const float* scalars, float* row, const float* gradient, int64_t dim) 
 // Lane i takes lane i + 8, then i + 4, i + 2, i + 1.
 inline float sum_of(const Floats& lanes) {
   typedef float Eight __attribute__((vector_size(32)));
-  typedef float Four __attribute__((vector_size(16)));
   Eight eights[2];
   __builtin_memcpy(eights, &lanes, sizeof lanes);
   eights[0] += eights[1];
@@ -263,7 +263,6 @@ constexpr int kWide = 16;
 #endif
 typedef float Wide __attribute__((vector_size(kWide)));
 typedef int32_t WideBits __attribute__((vector_size(kWide)));
-typedef float Four __attribute__((vector_size(16)));
 typedef int32_t FourBits __attribute__((vector_size(16)));
 
 // out = (out & seen) + weight·row, without a branch on whether anything is there. What has become NaN or infinite stays so: to look at
