@@ -69,7 +69,8 @@ class Pool {
       work_ = &work;
       wanted_ = helpers;
     }
-    for (int i = 0; i < helpers; i++) wake_.notify_one();  // not all: there may be many more of them
+    if (helpers == 1) wake_.notify_one();
+    else wake_.notify_all();
     work.take_all();
     close();
     return true;
